@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Asked for by itself and first, so that an index which offers a CPU build decides which build is installed.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help test test-slow demo lint conformance clean
+
+help:
+	@echo 'make demo         train, save, reload and sample a small model on the Python standard library (5 minutes)'
+	@echo 'make test         the test suite'
+	@echo 'make test-slow    the tests that take minutes'
+	@echo 'make conformance  the model tests that Transformers runs on its own models'
+	@echo 'make lint         ruff'
+	@echo 'make clean        remove the virtual environment and everything that is generated'
+
+$(INSTALLED): setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
+
+demo: $(INSTALLED)
+	$(BIN)/bd3lm demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+conformance: $(INSTALLED)
+	$(BIN)/python -m tests.conformance.run
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

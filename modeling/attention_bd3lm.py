@@ -1,0 +1,358 @@
+"""
+Who may attend to whom, and the passes over the attention functions that exploit it.
+
+Every token carries a *visibility code*, `document * stride + block`. With `span = code(query) - code(key)` and the window of
+W earlier blocks, the rules of block diffusion are
+
+    denoising pass, and clean to clean:   0 <= span <= W
+    noisy to clean:                       1 <= span <= W
+    noisy to noisy:                       span == 0
+
+since the stride makes the span between two documents larger than any window. Padding is a document of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_torch_flex_attn_available
+
+
+if is_torch_flex_attn_available():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+
+# Documents lie further apart than any number of blocks.
+DOCUMENT_STRIDE = 2**32
+# Queries of one chunk of the two-stream walk: large enough for full-speed matrix products, small against the length.
+QUERY_CHUNK_SIZE = 128
+
+
+def visibility_code(
+    position_ids: torch.Tensor,
+    block_size: int,
+    is_padding: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The code whose differences say who sees whom; see the head of this file.
+
+    Args:
+        position_ids: positions counted in real tokens of the row (of the document, if packed) [batch, length].
+        block_size: tokens per block.
+        is_padding: bool [batch, length].
+        document_ids: equal for the tokens of one document of a packed row [batch, length].
+
+    Returns:
+        int64 [batch, length].
+    """
+    code = position_ids.long() // block_size
+    if document_ids is not None:
+        code = code + document_ids.long() * DOCUMENT_STRIDE
+    if is_padding is not None:
+        code = code.masked_fill(is_padding, -DOCUMENT_STRIDE)
+    return code
+
+
+def documents_from_positions(position_ids: torch.Tensor) -> torch.Tensor:
+    """Numbers the documents of packed rows: one starts wherever `position_ids` [batch, length] does not go up by one."""
+    starts = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+    return starts.long().cumsum(-1)
+
+
+def block_starts(code: torch.Tensor) -> torch.Tensor:
+    """True where a block begins: wherever the code [batch, length] changes."""
+    return nn.functional.pad(code.diff(dim=-1) != 0, (1, 0), value=True)
+
+
+def sees(query_code: torch.Tensor, key_code: torch.Tensor, nearest: int, farthest: int) -> torch.Tensor:
+    """Whether nearest <= code(query) - code(key) <= farthest; the codes broadcast, the result is bool."""
+    span = query_code - key_code
+    return (span >= nearest) & (span <= farthest)
+
+
+def two_stream_sees(
+    query_code: torch.Tensor,
+    query_is_noisy: torch.Tensor,
+    key_code: torch.Tensor,
+    key_is_noisy: torch.Tensor,
+    window: int,
+) -> torch.Tensor:
+    """The rule of the pass over [x_t ; x_0] (arXiv 2503.09573, Sec. 3.3); all arguments broadcast, the result is bool."""
+    noisy_to_noisy = query_is_noisy & key_is_noisy & sees(query_code, key_code, 0, 0)
+    noisy_to_clean = query_is_noisy & ~key_is_noisy & sees(query_code, key_code, 1, window)
+    clean_to_clean = ~query_is_noisy & ~key_is_noisy & sees(query_code, key_code, 0, window)
+    return noisy_to_noisy | noisy_to_clean | clean_to_clean
+
+
+def gather_tokens(hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Picks tokens of each row: [batch, length, size] at [batch, picked] -> [batch, picked, size]."""
+    return hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def flagged_first(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The flagged columns of each row in ascending order, filled up with others to the length of the longest row.
+
+    Returns:
+        (columns [batch, picked], bool [batch, picked]: which of them are flagged); at least one is picked.
+    """
+    counts = flags.sum(-1, keepdim=True)
+    columns = flags.int().argsort(dim=-1, descending=True, stable=True)[:, : max(int(counts.max()), 1)]
+    return columns, torch.arange(columns.shape[1], device=flags.device) < counts
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention with the weights returned; [batch, heads, length, head_dim] -> [batch, length, heads, head_dim]."""
+    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights.masked_fill(~attention_mask, torch.finfo(attn_weights.dtype).min)
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
+
+
+def flex_block_mask(mask_function: Callable, num_queries: int, num_keys: int, device: torch.device, batch: int | None):
+    """FlexAttention's BlockMask of `mask_function(batch, head, query, key)`; compiled on an accelerator, where it pays."""
+    return create_block_mask(
+        mask_function, batch, None, num_queries, num_keys, device=device, _compile=device.type != "cpu"
+    )
+
+
+@dataclass
+class DensePattern:
+    """
+    One call of the attention function for all queries and all keys.
+
+    `mask` is what the implementation takes: None (everything is visible), bool [batch or 1, 1, queries, keys], or a BlockMask.
+    """
+
+    implementation: str
+    mask: object | None = None
+
+    def __call__(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
+        implementation = self.implementation
+        if self.mask is not None and "flash" in implementation:
+            # The flash kernels know no block-causal rule; SDPA computes the same.
+            implementation = "sdpa"
+        attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        return attention_function(
+            module, query, key, value, self.mask, scaling=module.scaling, is_causal=False, dropout=0.0, **kwargs
+        )
+
+
+def denoising_pattern(
+    implementation: str, query_code: torch.Tensor, key_code: torch.Tensor, window: int
+) -> DensePattern:
+    """The attention of a denoising pass; codes [batch, queries] and [batch, keys]."""
+    if implementation == "flex_attention":
+
+        def mask_function(batch, head, query, key):
+            return sees(query_code[batch, query], key_code[batch, key], 0, window)
+
+        (batch, num_queries), num_keys = query_code.shape, key_code.shape[1]
+        mask = flex_block_mask(mask_function, num_queries, num_keys, query_code.device, batch)
+    else:
+        mask = sees(query_code[:, None, :, None], key_code[:, None, None, :], 0, window)
+    return DensePattern(implementation, mask)
+
+
+@dataclass
+class QueryChunk:
+    """Queries [start, end), and the keys that they can see: some leading pieces of the clean ones, a run of noisy ones."""
+
+    start: int
+    end: int
+    num_clean_pieces: int
+    noisy_start: int
+    noisy_end: int
+    mask: torch.Tensor
+
+
+@dataclass
+class ChunkedPattern:
+    """
+    The two-stream pass in chunks of queries, each reading only the keys that it can see.
+
+    Keys lie as [noisy ; clean]. The clean keys are cut once into pieces of QUERY_CHUNK_SIZE, so that the gradient of a piece
+    is a sum of small tensors and never of full-length ones.
+    """
+
+    num_noisy: int
+    chunks: list[QueryChunk]
+
+    def __call__(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
+        noisy, clean = zip(*(states.tensor_split([self.num_noisy], dim=2) for states in (key, value)), strict=True)
+        pieces = [states.split(QUERY_CHUNK_SIZE, dim=2) for states in clean]
+        outputs = []
+        for chunk in self.chunks:
+            seen_key, seen_value = (
+                torch.cat([*clean_pieces[: chunk.num_clean_pieces], states[:, :, chunk.noisy_start : chunk.noisy_end]], 2)
+                for clean_pieces, states in zip(pieces, noisy, strict=True)
+            )
+            attend = DensePattern("sdpa", chunk.mask)
+            outputs.append(attend(module, query[:, :, chunk.start : chunk.end], seen_key, seen_value, **kwargs)[0])
+        return torch.cat(outputs, dim=1), None
+
+
+@dataclass
+class TwoStreamLayout:
+    """
+    Which tokens take part in the pass over [x_t ; x_0], and what they may see.
+
+    Attributes:
+        noisy_code, clean_code: visibility codes [batch, num_noisy] and [batch, num_clean]. The noisy tokens of a block lie
+            together; clean column i is token i of the text.
+        block_size: tokens per block.
+        window: earlier blocks that a block sees.
+        noisy_columns: the tokens of the text that the noisy stream holds [batch, num_noisy]; None means all.
+        queries: the noisy tokens whose final states are wanted, as indices into the noisy stream [batch, num_queries]; None
+            means all. The last layer computes no others.
+    """
+
+    noisy_code: torch.Tensor
+    clean_code: torch.Tensor
+    block_size: int
+    window: int
+    noisy_columns: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+
+    @classmethod
+    def of_all_tokens(cls, code: torch.Tensor, block_size: int, window: int) -> "TwoStreamLayout":
+        """Both streams whole, whatever the noise: the same shapes at every step. Codes may be [1, length] for all rows."""
+        return cls(code, code, block_size, window)
+
+    @classmethod
+    def of_predictions(
+        cls, code: torch.Tensor, predicted: torch.Tensor, block_size: int, window: int
+    ) -> tuple["TwoStreamLayout", torch.Tensor]:
+        """
+        Only what the predicted tokens depend on: noisy blocks that hold one, and clean tokens before the last such block.
+
+        Args:
+            code: visibility codes of the text [batch, length].
+            predicted: bool [batch, length].
+
+        Returns:
+            (the layout, bool [batch, num_queries]: which of its queries are predicted tokens, in the order of the text).
+        """
+        code = code.expand(predicted.shape)
+        starts = block_starts(code)
+        block = starts.long().cumsum(-1) - 1
+        block_is_active = torch.zeros_like(predicted).scatter_reduce(1, block, predicted, "amax")
+        active = block_is_active.gather(1, block)
+        noisy_columns, _ = flagged_first(active)
+        columns = torch.arange(code.shape[1], device=code.device)
+        first_of_block = torch.where(starts, columns, 0).cummax(-1).values
+        num_clean = int(torch.where(active, first_of_block, 0).max())
+        queries, is_prediction = flagged_first(predicted.gather(1, noisy_columns))
+        # Filled up with the row's last prediction, so that a chunk's queries stay close together.
+        last = is_prediction.sum(-1, keepdim=True).clamp(min=1) - 1
+        queries = torch.where(is_prediction, queries, queries.gather(1, last))
+        layout = cls(code.gather(1, noisy_columns), code[:, :num_clean], block_size, window, noisy_columns, queries)
+        return layout, is_prediction
+
+    @property
+    def num_noisy(self) -> int:
+        return self.noisy_code.shape[1]
+
+    @property
+    def num_clean(self) -> int:
+        return self.clean_code.shape[1]
+
+    def select_noisy(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, length] of the text -> [batch, num_noisy]."""
+        if self.noisy_columns is None:
+            return tokens
+        return tokens.expand(self.noisy_columns.shape[0], -1).gather(1, self.noisy_columns)
+
+    def select_queries(self, states: torch.Tensor) -> torch.Tensor:
+        """States of both streams [batch, num_noisy + num_clean, size] -> those of the last layer's queries."""
+        noisy = states[:, : self.num_noisy]
+        return noisy if self.queries is None else gather_tokens(noisy, self.queries)
+
+    def pattern(self, implementation: str, last_layer: bool) -> DensePattern | ChunkedPattern:
+        """The attention of a layer: dense under `eager`, a block mask under `flex_attention`, else in chunks of queries."""
+        if implementation == "eager":
+            return DensePattern(implementation, self._dense_mask(last_layer))
+        if implementation == "flex_attention":
+            return DensePattern(implementation, self._block_mask(last_layer))
+        return ChunkedPattern(self.num_noisy, self._chunks(last_layer))
+
+    def _query_code(self, last_layer: bool) -> torch.Tensor:
+        if not last_layer:
+            return torch.cat([self.noisy_code, self.clean_code], dim=1)
+        return self.noisy_code if self.queries is None else self.noisy_code.gather(1, self.queries)
+
+    def _dense_mask(self, last_layer: bool) -> torch.Tensor:
+        query_code, key_code = self._query_code(last_layer), self._query_code(last_layer=False)
+        query_is_noisy, key_is_noisy = (
+            torch.arange(code.shape[1], device=code.device) < self.num_noisy for code in (query_code, key_code)
+        )
+        return two_stream_sees(
+            query_code[:, None, :, None], query_is_noisy[:, None], key_code[:, None, None, :], key_is_noisy, self.window
+        )
+
+    def _block_mask(self, last_layer: bool) -> object:
+        query_code, key_code = self._query_code(last_layer), self._query_code(last_layer=False)
+        num_noisy, window = self.num_noisy, self.window
+
+        def mask_function(batch, head, query, key):
+            return two_stream_sees(
+                query_code[batch, query], query < num_noisy, key_code[batch, key], key < num_noisy, window
+            )
+
+        (batch, num_queries), num_keys = query_code.shape, key_code.shape[1]
+        return flex_block_mask(mask_function, num_queries, num_keys, query_code.device, batch)
+
+    def _chunks(self, last_layer: bool) -> list[QueryChunk]:
+        chunks = self._noisy_chunks(self.queries if last_layer else None)
+        return chunks if last_layer else chunks + self._clean_chunks()
+
+    def _noisy_chunks(self, queries: torch.Tensor | None) -> list[QueryChunk]:
+        chunks = []
+        num_queries = self.num_noisy if queries is None else queries.shape[1]
+        for start in range(0, num_queries, QUERY_CHUNK_SIZE):
+            end = min(start + QUERY_CHUNK_SIZE, num_queries)
+            if queries is None:
+                code, first, last = self.noisy_code[:, start:end], start, end - 1
+                columns = None if self.noisy_columns is None else self.noisy_columns[:, start:end]
+            else:
+                chosen = queries[:, start:end]
+                code, first, last = self.noisy_code.gather(1, chosen), int(chosen.min()), int(chosen.max())
+                columns = chosen if self.noisy_columns is None else self.noisy_columns.gather(1, chosen)
+            num_clean = min(last if columns is None else int(columns.max()), self.num_clean)
+            num_pieces = -(-num_clean // QUERY_CHUNK_SIZE)
+            noisy_start, noisy_end = max(0, first - self.block_size + 1), min(self.num_noisy, last + self.block_size)
+            clean_code = self.clean_code[:, : num_pieces * QUERY_CHUNK_SIZE]
+            noisy_code = self.noisy_code[:, noisy_start:noisy_end]
+            code = code[:, None, :, None]
+            visible = [
+                sees(code, clean_code[:, None, None], 1, self.window),
+                sees(code, noisy_code[:, None, None], 0, 0),
+            ]
+            chunks.append(QueryChunk(start, end, num_pieces, noisy_start, noisy_end, torch.cat(visible, -1)))
+        return chunks
+
+    def _clean_chunks(self) -> list[QueryChunk]:
+        chunks = []
+        for start in range(0, self.num_clean, QUERY_CHUNK_SIZE):
+            end = min(start + QUERY_CHUNK_SIZE, self.num_clean)
+            # A block that straddles the end of the chunk is seen whole.
+            num_pieces = -(-min(end + self.block_size - 1, self.num_clean) // QUERY_CHUNK_SIZE)
+            clean_code = self.clean_code[:, : num_pieces * QUERY_CHUNK_SIZE]
+            mask = sees(self.clean_code[:, None, start:end, None], clean_code[:, None, None], 0, self.window)
+            chunks.append(QueryChunk(self.num_noisy + start, self.num_noisy + end, num_pieces, 0, 0, mask))
+        return chunks

@@ -1,0 +1,198 @@
+"""Configuration of a block discrete denoising diffusion language model (BD3-LM, arXiv 2503.09573)."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+PUBLISHED_FIELDS = {
+    "hidden_dim": "hidden_size",
+    "n_blocks": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "model_length": "max_position_embeddings",
+    "dropout": "hidden_dropout",
+}
+NOISE_SCHEDULE_NAMES = ("loglinear", "square", "square_root", "log", "cosine")
+
+
+class BD3LMConfig(PreTrainedConfig):
+    """
+    Configuration of [`BD3LMModel`] and [`BD3LMForMaskedLM`].
+
+    The field names of the published checkpoints are read as well (`hidden_dim`, `n_blocks`, `n_heads`, `model_length`,
+    `dropout`, `sampling_eps_min`, `sampling_eps_max`, `cross_attn`), so that their `config.json` loads as it is.
+
+    Args:
+        vocab_size: number of token ids, the mask token included.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of transformer layers.
+        num_attention_heads: attention heads per layer; divides `hidden_size` into heads of an even size.
+        intermediate_size: width of the MLP; `None` means 4 x `hidden_size`.
+        max_position_embeddings: context length in tokens. A longer text is read through a window that slides by blocks.
+        block_size: tokens denoised together. 1 is an autoregressive model, `max_position_embeddings` masked diffusion.
+        hidden_dropout: dropout probability of both residual branches.
+        cond_dim: width of the noise level's embedding.
+        adaln: modulate the layers by the noise level (adaptive layer norm).
+        time_conditioning: feed the noise level to the modulation; otherwise it is 0 for every input.
+        noise_schedule: "loglinear", "square", "square_root", "log" or "cosine".
+        noise_interval: (beta, omega), the interval of t that training draws from ("clipped schedule" if narrower).
+        mask_token_id: id of the mask token; `None` means the last one.
+        ignore_bos: the first token of a text is neither masked nor predicted.
+        rope_theta: base of the rotary embedding.
+        layer_norm_eps: epsilon of the layer norms.
+        initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: share the embedding matrix with the output projection.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names the field, its value and the rule.
+    """
+
+    model_type = "bd3lm"
+    keys_to_ignore_at_inference = ["past_key_values", "nelbo"]
+    attribute_map = PUBLISHED_FIELDS
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 50258
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    block_size: int = 16
+    hidden_dropout: float | int = 0.1
+    cond_dim: int = 128
+    adaln: bool = True
+    time_conditioning: bool = False
+    noise_schedule: str = "loglinear"
+    noise_interval: tuple | list = (1e-3, 1.0)
+    mask_token_id: int | None = None
+    ignore_bos: bool = True
+    rope_theta: float | int = 10000.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        self._read_published_fields(kwargs)
+        self._validate_sizes()
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.mask_token_id is None:
+            self.mask_token_id = self.vocab_size - 1
+        super().__post_init__(**kwargs)
+        self._validate_choices()
+
+    def _read_published_fields(self, kwargs: dict[str, Any]) -> None:
+        self._is_published_format = "hidden_dim" in kwargs
+        for published, field in PUBLISHED_FIELDS.items():
+            if published in kwargs:
+                setattr(self, field, kwargs.pop(published))
+        if kwargs.pop("causal", False):
+            raise ValueError(
+                "`causal` is true: this is the published autoregressive baseline, which is no diffusion model. "
+                "`causal` must be false; a BD3-LM of `block_size` 1 is the autoregressive model of this package."
+            )
+        if not kwargs.pop("cross_attn", True):
+            self.block_size = self.max_position_embeddings
+        if "sampling_eps_min" in kwargs or "sampling_eps_max" in kwargs:
+            self.noise_interval = (kwargs.pop("sampling_eps_min", 1e-3), kwargs.pop("sampling_eps_max", 1.0))
+        validate_noise_interval(self.noise_interval)
+        self.noise_interval = tuple(self.noise_interval)
+        # Of the training run or of its machine; nothing here depends on them.
+        for unused in ("attn_backend", "var_min"):
+            kwargs.pop(unused, None)
+        if self._is_published_format:
+            # The remote code of a published repository is what no longer loads.
+            kwargs.pop("auto_map", None)
+            self.architectures = None
+
+    @property
+    def is_published_format(self) -> bool:
+        """Whether the fields came under the names of the published checkpoints."""
+        return getattr(self, "_is_published_format", False)
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def window_in_blocks(self) -> int:
+        """How many earlier blocks a block sees: with its own they make up the context length."""
+        return -(-self.max_position_embeddings // self.block_size) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as saved: always under this package's names."""
+        fields = super().to_dict()
+        fields.pop("_is_published_format", None)
+        return fields
+
+    def _require(self, holds: bool, field: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"`{field}` must be {rule}, but got {getattr(self, field)!r}.")
+
+    def _validate_sizes(self) -> None:
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "block_size",
+            "cond_dim",
+        ):
+            value = getattr(self, field)
+            if field == "intermediate_size" and value is None:
+                continue
+            self._require(isinstance(value, int) and value is not True and value >= 1, field, "an integer >= 1")
+        self._require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "num_attention_heads",
+            f"a divisor of `hidden_size` ({self.hidden_size})",
+        )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"`hidden_size` / `num_attention_heads` must be even for the rotary embedding, but got "
+                f"{self.hidden_size} / {self.num_attention_heads} = {self.head_dim}."
+            )
+        self._require(
+            self.block_size <= self.max_position_embeddings,
+            "block_size",
+            f"at most `max_position_embeddings` ({self.max_position_embeddings})",
+        )
+
+    def _validate_choices(self) -> None:
+        self._require(0 <= self.hidden_dropout < 1, "hidden_dropout", "a probability in [0, 1)")
+        self._require(
+            0 <= self.mask_token_id < self.vocab_size,
+            "mask_token_id",
+            f"an id inside the vocabulary, 0 <= id < {self.vocab_size}",
+        )
+        self._require(
+            self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
+        )
+
+
+def validate_noise_interval(noise_interval: tuple[float, float]) -> None:
+    """
+    Checks 0 <= beta <= omega <= 1 and omega > 0; beta = omega fixes t, which makes block size 1 autoregressive.
+
+    Raises:
+        ValueError: the interval breaks that rule.
+    """
+    if len(noise_interval) != 2 or not 0 <= noise_interval[0] <= noise_interval[1] <= 1 or noise_interval[1] == 0:
+        raise ValueError(
+            "`noise_interval` must be a pair (beta, omega) with 0 <= beta <= omega <= 1 and omega > 0, "
+            f"but got {tuple(noise_interval)}."
+        )

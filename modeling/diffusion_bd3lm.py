@@ -1,0 +1,263 @@
+"""The mathematics of block diffusion: noise schedules, the forward process q(x_t | x_0), the SUBS rules, the NELBO."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.utils.checkpoint
+
+from .configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
+
+
+SCHEDULE_EPSILON = 1e-3
+# Reported likelihood always integrates t over this interval; below 1e-3 the weight 1/t loses digits.
+FULL_NOISE_INTERVAL = (1e-3, 1.0)
+
+
+class NoiseSchedule:
+    """
+    How likely a token is masked at time t, and the weight that makes the weighted loss a bound.
+
+    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), p(t) = 1 - alpha_t and
+    w(t) = -alpha'_t / (1 - alpha_t). t is in [0, 1], p is a probability, w is 1 / (unit of t).
+    """
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        """p(t), of the shape of `t`."""
+        raise NotImplementedError
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """w(t), of the shape of `t`."""
+        raise NotImplementedError
+
+
+class LoglinearSchedule(NoiseSchedule):
+    """Linear masking: p = t, w = 1 / t (arXiv 2503.09573, Eq. 8)."""
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return t
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 / t
+
+
+@dataclass
+class PowerSchedule(NoiseSchedule):
+    """p = max(t^exponent, eps), w = exponent * t^(exponent - 1) / p ("square" and "square_root" of the paper)."""
+
+    exponent: float
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return t.pow(self.exponent).clamp(min=SCHEDULE_EPSILON)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return self.exponent * t.pow(self.exponent - 1) / self.mask_probability(t)
+
+
+class LogSchedule(NoiseSchedule):
+    """p = log(1 + t) / log 2, w = 1 / (p log 2 (1 + t))."""
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(t) / math.log(2)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 / (torch.log1p(t) * (1 + t))
+
+
+class CosineSchedule(NoiseSchedule):
+    """p = 1 - (1 - eps) cos(pi t / 2), w = (1 - eps) sin(pi t / 2) (pi / 2) / (p + eps)."""
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - (1 - SCHEDULE_EPSILON) * torch.cos(t * math.pi / 2)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        rate = (1 - SCHEDULE_EPSILON) * torch.sin(t * math.pi / 2) * (math.pi / 2)
+        return rate / (self.mask_probability(t) + SCHEDULE_EPSILON)
+
+
+NOISE_SCHEDULES: dict[str, NoiseSchedule] = dict(
+    zip(
+        NOISE_SCHEDULE_NAMES,
+        (LoglinearSchedule(), PowerSchedule(2.0), PowerSchedule(0.5), LogSchedule(), CosineSchedule()),
+        strict=True,
+    )
+)
+
+
+def sigma_from_mask_probability(mask_probability: torch.Tensor) -> torch.Tensor:
+    """sigma = -log(1 - p), the noise level that conditions the network, capped at -log(eps); any shape."""
+    return -torch.log1p(-mask_probability).clamp(min=math.log(SCHEDULE_EPSILON))
+
+
+def sample_timesteps(
+    batch_size: int,
+    num_blocks: int,
+    noise_interval: tuple[float, float],
+    antithetic: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    Draws the time t of every block from U[beta, omega] (arXiv 2503.09573, Sec. 5).
+
+    Antithetic draws put one t into each of `batch_size * num_blocks` strata of equal width. The strata are dealt to the
+    blocks in random order, so that each block's t is uniform whatever its row and its place in the row.
+
+    Args:
+        batch_size: number of rows.
+        num_blocks: blocks per row.
+        noise_interval: (beta, omega), 0 <= beta <= omega <= 1.
+        antithetic: stratify the draws; otherwise they are independent.
+
+    Returns:
+        t of shape [batch_size, num_blocks], float32.
+
+    Raises:
+        ValueError: `noise_interval` is no interval in [0, 1].
+    """
+    validate_noise_interval(noise_interval)
+    beta, omega = noise_interval
+    num_strata = batch_size * num_blocks
+    t = torch.rand(num_strata, generator=generator, device=device)
+    if antithetic:
+        t = (torch.randperm(num_strata, generator=generator, device=device) + t) / num_strata
+    return (beta + (omega - beta) * t).view(batch_size, num_blocks)
+
+
+def forward_process(
+    x_0: torch.Tensor,
+    mask_probability: torch.Tensor,
+    mask_token_id: int,
+    maskable: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """
+    Draws x_t ~ q(x_t | x_0): each token becomes the mask token independently with its probability.
+
+    Args:
+        x_0: clean ids [batch, length].
+        mask_probability: p of each token, broadcastable to [batch, length].
+        maskable: bool [batch, length]; where False the token stays.
+
+    Returns:
+        x_t [batch, length].
+    """
+    masked = torch.rand(x_0.shape, generator=generator, device=x_0.device) < mask_probability
+    if maskable is not None:
+        masked = masked & maskable
+    return torch.where(masked, mask_token_id, x_0)
+
+
+def subs_log_probs(logits: torch.Tensor, x_t: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """
+    log x_theta under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3): the mask token has probability 0, and a revealed token
+    stays as it is.
+
+    Args:
+        logits: raw scores [batch, length, vocab].
+        x_t: noised ids [batch, length].
+
+    Returns:
+        log-probabilities [batch, length, vocab], float32.
+    """
+    logits = logits.float()
+    is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+    log_probs = logits.masked_fill(is_mask_token, -torch.inf).log_softmax(-1)
+    stays = torch.full_like(log_probs, -torch.inf).scatter_(-1, x_t[..., None], 0.0)
+    return torch.where((x_t == mask_token_id)[..., None], log_probs, stays)
+
+
+class SubsCrossEntropy(torch.autograd.Function):
+    """
+    sum of loss_weights * -log x_theta(targets), whose gradients are made chunk by chunk in the forward pass.
+
+    Neither all the logits nor their gradient ever exist at once, and nothing is projected twice. torch's own
+    `linear_cross_entropy` does the same, but takes no weight per position.
+    """
+
+    # Elements of one chunk of logits: 128 MiB in float32.
+    CHUNK_NUMEL = 2**25
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, targets, loss_weights, mask_token_id):
+        needs_grad = any(ctx.needs_input_grad[:3])
+        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        cross_entropy = torch.empty(len(targets), dtype=torch.float32, device=hidden_states.device)
+
+        chunk_size = max(1, SubsCrossEntropy.CHUNK_NUMEL // weight.shape[0])
+        for start in range(0, len(targets), chunk_size):
+            rows = slice(start, start + chunk_size)
+            hidden, target = hidden_states[rows], targets[rows, None]
+            logits = torch.nn.functional.linear(hidden, weight, bias).float()
+            logits[:, mask_token_id] = -torch.inf
+            log_normalizer = logits.logsumexp(-1, keepdim=True)
+            cross_entropy[rows] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
+            if not needs_grad:
+                continue
+            grad_logits = logits.sub_(log_normalizer).exp_()
+            grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
+            grad_logits = grad_logits.mul_(loss_weights[rows, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = (grad_logits @ weight.to(hidden.dtype)).to(grad_hidden.dtype)
+            if grad_weight is not None:
+                if hidden.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad_logits.t(), hidden)
+                else:
+                    grad_weight.add_(grad_logits.t() @ hidden)
+            if grad_bias is not None:
+                grad_bias.add_(grad_logits.sum(0))
+
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(cross_entropy)
+        return (cross_entropy * loss_weights).sum(), cross_entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grads = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
+        return *grads, None, None, None
+
+
+def subs_loss(
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    loss_weights: torch.Tensor,
+    output_projection: torch.nn.Module,
+    mask_token_id: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The weighted loss of the masked positions, without ever holding the logits of all of them.
+
+    Args:
+        hidden_states: final hidden states of the masked positions [num_masked, hidden].
+        targets: their clean ids [num_masked].
+        loss_weights: weight of each position in the loss [num_masked], float32.
+        output_projection: from hidden states to logits over the vocabulary.
+        mask_token_id: the token of probability 0.
+
+    Returns:
+        (sum of loss_weights * -log x_theta, a scalar; -log x_theta in nats [num_masked], without gradient), in float32.
+    """
+    if type(output_projection) is torch.nn.Linear:
+        return SubsCrossEntropy.apply(
+            hidden_states, output_projection.weight, output_projection.bias, targets, loss_weights, mask_token_id
+        )
+
+    # A wrapped projection (an adapter, a quantized layer) has a forward of its own.
+    def cross_entropy(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = output_projection(hidden).float()
+        is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+        return torch.nn.functional.cross_entropy(
+            logits.masked_fill(is_mask_token, -torch.inf), target, reduction="none"
+        )
+
+    nats = torch.cat(
+        [
+            torch.utils.checkpoint.checkpoint(cross_entropy, hidden, target, use_reentrant=False)
+            for hidden, target in zip(hidden_states.split(1024), targets.split(1024), strict=True)
+        ]
+    )
+    return (nats * loss_weights).sum(), nats.detach()

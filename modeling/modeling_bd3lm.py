@@ -1,0 +1,666 @@
+"""The network of a BD3-LM: a transformer over blocks of noisy tokens and the clean tokens before them."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_bd3lm import (
+    DensePattern,
+    TwoStreamLayout,
+    block_starts,
+    denoising_pattern,
+    documents_from_positions,
+    visibility_code,
+)
+from .configuration_bd3lm import BD3LMConfig
+from .diffusion_bd3lm import (
+    FULL_NOISE_INTERVAL,
+    NOISE_SCHEDULES,
+    forward_process,
+    sample_timesteps,
+    sigma_from_mask_probability,
+    subs_loss,
+)
+from .generation_bd3lm import BlockDiffusionGenerationMixin
+
+
+@dataclass
+class BD3LMOutput(ModelOutput):
+    """
+    Output of [`BD3LMForMaskedLM`].
+
+    Args:
+        loss: sum of the weighted token losses / number of predicted tokens, in nats per token; a scalar.
+        logits: raw scores of the token *at* each position [batch, length, vocab]; None where a loss was asked for.
+        past_key_values: the cache, where one was given or asked for.
+        hidden_states: with `output_hidden_states`, the embeddings and the states after each layer.
+        attentions: with `output_attentions`, the attention weights of each layer.
+        nelbo: w(t) * -log x_theta of each masked token and 0 elsewhere, in nats, without gradient [batch, length].
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    nelbo: torch.Tensor | None = None
+
+
+class BD3LMLayerNorm(nn.Module):
+    """Layer norm with a weight and no bias, followed by `x * (1 + scale) + shift`."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(
+        self, hidden_states: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        size = self.weight.shape
+        if shift is None:
+            return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps)
+        if shift.dim() == 1:
+            # One modulation for all tokens is an affine layer norm: nothing is paid per token.
+            return nn.functional.layer_norm(hidden_states, size, self.weight * (1 + scale), shift, self.eps)
+        return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps) * (1 + scale) + shift
+
+
+class BD3LMNoiseEmbedding(nn.Module):
+    """Embeds the noise level sigma: 256 sinusoidal features (cosines, then sines), then an MLP with SiLU between."""
+
+    num_features = 256
+    max_period = 10000
+
+    def __init__(self, config: BD3LMConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(self.num_features, config.cond_dim)
+        self.linear_2 = nn.Linear(config.cond_dim, config.cond_dim)
+
+    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
+        """sigma of any shape -> [*shape, cond_dim]."""
+        half = self.num_features // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
+        angles = sigma[..., None].float() * torch.exp(-math.log(self.max_period) * exponents)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(nn.functional.silu(self.linear_1(features)))
+
+
+def rotary_embedding(config: BD3LMConfig, position_ids: torch.Tensor, dtype: torch.dtype):
+    """
+    Cosines and sines of the rotary embedding (arXiv 2104.09864), halves paired as in GPT-NeoX.
+
+    Args:
+        position_ids: [batch, length].
+
+    Returns:
+        (cos, sin), each [batch, 1, length, head_dim].
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
+    angles = position_ids[..., None].float() / config.rope_theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates queries or keys [batch, heads, length, head_dim] to their positions."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class BD3LMAttention(nn.Module):
+    """Multi-head attention with rotary positions; who sees whom is the pattern's business."""
+
+    def __init__(self, config: BD3LMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        size = config.hidden_size
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        query_states: torch.Tensor,
+        pattern: DensePattern,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        query_rotary: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [batch, keys, size] are what is seen, query_states [batch, queries, size] what sees."""
+
+        def heads(states: torch.Tensor) -> torch.Tensor:
+            return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+        query = apply_rotary(heads(self.q_proj(query_states)), *query_rotary)
+        key = apply_rotary(heads(self.k_proj(hidden_states)), *rotary)
+        value = heads(self.v_proj(hidden_states))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = pattern(self, query, key, value, **kwargs)
+        return self.o_proj(output.flatten(-2)), weights
+
+
+class BD3LMMLP(nn.Module):
+    """Two projections with tanh-approximated GELU between."""
+
+    def __init__(self, config: BD3LMConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
+
+
+class BD3LMDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP, each after a layer norm and gated by the noise level (arXiv 2212.09748, adaLN-Zero)."""
+
+    def __init__(self, config: BD3LMConfig, layer_idx: int):
+        super().__init__()
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = BD3LMAttention(config, layer_idx)
+        self.post_attention_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = BD3LMMLP(config)
+        if config.adaln:
+            self.adaln_modulation = nn.Linear(config.cond_dim, 6 * config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        pattern: DensePattern,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        condition: torch.Tensor | None = None,
+        layout: TwoStreamLayout | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: [batch, length, hidden].
+            pattern: the attention of this layer.
+            rotary: cosines and sines of the positions.
+            condition: embedded noise level [cond_dim], or [batch, 1 or length, cond_dim].
+            layout: given to the last layer of a two-stream pass, which computes the layout's queries only.
+        """
+        modulation = (None,) * 6 if condition is None else self.adaln_modulation(condition).chunk(6, dim=-1)
+        query_rotary = rotary
+        attention_input = query_input = self.input_layernorm(hidden_states, *modulation[:2])
+        if layout is not None:
+            query_input = layout.select_queries(attention_input)
+            hidden_states = layout.select_queries(hidden_states)
+            query_rotary = tuple(layout.select_queries(angles[:, 0])[:, None] for angles in rotary)
+            modulation = tuple(
+                part if part is None or part.dim() == 1 or part.shape[1] == 1 else layout.select_queries(part)
+                for part in modulation
+            )
+        branch, _ = self.self_attn(
+            attention_input, query_input, pattern, rotary, query_rotary, past_key_values, **kwargs
+        )
+        hidden_states = self._add(hidden_states, branch, modulation[2])
+        branch = self.mlp(self.post_attention_layernorm(hidden_states, *modulation[3:5]))
+        return self._add(hidden_states, branch, modulation[5])
+
+    def _add(self, residual: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        branch = nn.functional.dropout(branch, self.hidden_dropout, self.training)
+        return residual + branch if gate is None else torch.addcmul(residual, branch, gate)
+
+
+class BD3LMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, common to the models of this file."""
+
+    config_class = BD3LMConfig
+    config: BD3LMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BD3LMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Buffers of the published code: the rotary frequencies follow from the config, the interval stands in it.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)"]
+    _can_record_outputs = {"hidden_states": BD3LMDecoderLayer, "attentions": BD3LMAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Every branch starts closed, and every token equally likely, as in the published code.
+        if isinstance(module, (BD3LMDecoderLayer, BD3LMModel)) and self.config.adaln:
+            init.zeros_(module.adaln_modulation.weight)
+            init.zeros_(module.adaln_modulation.bias)
+        elif isinstance(module, BD3LMForMaskedLM) and not self.config.tie_word_embeddings:
+            init.zeros_(module.lm_head.weight)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`; with the package `bd3lm_hf` it reads the published checkpoints as well.
+
+        Raises:
+            ValueError: a published checkpoint lacks tensors of the model or has others.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if model.config.is_published_format and (info["missing_keys"] or info["unexpected_keys"]):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is a checkpoint in the published "
+                f"format whose tensors must be exactly those of the model, but it lacks {sorted(info['missing_keys'])} "
+                f"and has the unknown {sorted(info['unexpected_keys'])}. Reading this format needs the package bd3lm_hf."
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, with the model's sources beside the weights for `trust_remote_code=True`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        # A checkpoint read in the published format is saved in this one.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class BD3LMModel(BD3LMPreTrainedModel):
+    """The transformer without the output projection."""
+
+    _keys_to_ignore_on_load_unexpected = [*BD3LMPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
+
+    def __init__(self, config: BD3LMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.adaln:
+            self.noise_embedding = BD3LMNoiseEmbedding(config)
+        self.layers = nn.ModuleList([BD3LMDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
+        if config.adaln:
+            self.adaln_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        clean_input_ids: torch.LongTensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: torch.LongTensor | None = None,
+        layout: TwoStreamLayout | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        A denoising pass over `input_ids`, or with `clean_input_ids` the two-stream pass over [input_ids ; clean_input_ids].
+
+        Args:
+            input_ids: ids, masked ones among them [batch, length].
+            attention_mask: 0 at padding [batch, cached + length].
+            position_ids: positions, counted in real tokens of each row [batch, length]. A document begins wherever they do
+                not go up by one.
+            past_key_values: cache of the blocks before; every position given here is written to it (see `CommitCache`).
+            inputs_embeds: embeddings in place of `input_ids` [batch, length, hidden].
+            clean_input_ids: x_0 [batch, length]; `input_ids` is x_t then.
+            timesteps: sigma of each row [batch], for all that is given, or of each token of `input_ids` [batch, length];
+                clean tokens have sigma 0 then. None means 0.
+            use_cache: make a cache if none is given.
+            document_ids: equal for the tokens of one document of a packed row [batch, length].
+            layout: which tokens of the two streams are computed; all by default.
+
+        Returns:
+            `last_hidden_state` [batch, length, hidden], or [batch, num_queries, hidden] of the layout.
+
+        Raises:
+            ValueError: arguments that exclude each other, shapes that do not fit, training under `flex_attention` on a CPU.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given, but got both or neither.")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        expected_shape = (given.shape[0], past_length + given.shape[1])
+        if attention_mask is not None and attention_mask.shape != expected_shape:
+            raise ValueError(
+                f"`attention_mask` must be of shape [batch, cached + length] = {[int(size) for size in expected_shape]}, "
+                f"but got {list(attention_mask.shape)}."
+            )
+
+        if clean_input_ids is None:
+            hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            position_ids, pattern = self._denoising_pass(
+                hidden_states, attention_mask, position_ids, past_key_values, document_ids
+            )
+            patterns = [pattern] * len(self.layers)
+            sigma = timesteps if timesteps is None or timesteps.dim() > 1 else timesteps[:, None]
+        else:
+            if inputs_embeds is not None or past_key_values is not None:
+                raise ValueError(
+                    "`clean_input_ids` goes with `input_ids` alone, but got `inputs_embeds` or `past_key_values` with it."
+                )
+            if layout is None:
+                _, code = self.text_code(input_ids, attention_mask, position_ids, document_ids)
+                layout = TwoStreamLayout.of_all_tokens(code, self.config.block_size, self.config.window_in_blocks)
+            hidden_states, position_ids, sigma = self._two_stream_pass(
+                input_ids, clean_input_ids, attention_mask, position_ids, document_ids, timesteps, layout
+            )
+            implementation = self.config._attn_implementation
+            patterns = [layout.pattern(implementation, last_layer=False)] * (len(self.layers) - 1)
+            patterns.append(layout.pattern(implementation, last_layer=True))
+
+        if (
+            self.config._attn_implementation == "flex_attention"
+            and hidden_states.requires_grad
+            and hidden_states.device.type == "cpu"
+        ):
+            raise ValueError(
+                "`attn_implementation` is 'flex_attention', which has no backward pass on a CPU; take 'sdpa' to train there."
+            )
+
+        condition = self._condition(sigma, hidden_states.device)
+        rotary = rotary_embedding(self.config, position_ids, hidden_states.dtype)
+        for layer, pattern in zip(self.layers, patterns, strict=True):
+            is_last = layer is self.layers[-1]
+            hidden_states = layer(
+                hidden_states, pattern, rotary, condition, layout if is_last else None, past_key_values, **kwargs
+            )
+        modulation = (None, None)
+        if condition is not None:
+            if layout is not None and condition.dim() > 1 and condition.shape[1] > 1:
+                condition = layout.select_queries(condition)
+            modulation = self.adaln_modulation(condition).chunk(2, dim=-1)
+        hidden_states = self.norm(hidden_states, *modulation)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def text_code(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Positions and visibility codes of uncached tokens, from whichever of the three descriptions is given.
+
+        Returns:
+            (position_ids, code), each [batch, length], or [1, length] where all rows are alike.
+        """
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if document_ids is not None and document_ids.shape != input_ids.shape[:2]:
+            raise ValueError(
+                f"`document_ids` must be of shape [batch, length] = {list(input_ids.shape[:2])}, "
+                f"but got {list(document_ids.shape)}."
+            )
+        if position_ids is not None:
+            if document_ids is None and attention_mask is None:
+                document_ids = documents_from_positions(position_ids)
+        elif document_ids is not None:
+            first = torch.where(block_starts(document_ids), columns, 0).cummax(-1).values
+            position_ids = columns - first
+        elif attention_mask is not None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        else:
+            position_ids = columns
+        is_padding = None if attention_mask is None else attention_mask == 0
+        return position_ids, visibility_code(position_ids, self.config.block_size, is_padding, document_ids)
+
+    def _denoising_pass(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        document_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, DensePattern]:
+        """Positions, and the attention of every layer."""
+        config, implementation = self.config, self.config._attn_implementation
+        length, device = hidden_states.shape[1], hidden_states.device
+        if past_key_values is None:
+            is_plain = attention_mask is None and position_ids is None and document_ids is None
+            position_ids, code = self.text_code(hidden_states, attention_mask, position_ids, document_ids)
+            if is_plain and length <= config.block_size:
+                return position_ids, DensePattern(implementation)
+            return position_ids, denoising_pattern(implementation, code, code, config.window_in_blocks)
+
+        if document_ids is not None:
+            raise ValueError("`document_ids` describes whole rows and can't go with `past_key_values`.")
+        past_length = past_key_values.get_seq_length()
+        num_keys, first_key = past_key_values.get_mask_sizes(length, 0)
+        columns = torch.arange(length, device=device)[None] + past_length
+        if attention_mask is None and position_ids is None and isinstance(past_length, int):
+            block, last_block = past_length // config.block_size, (past_length + length - 1) // config.block_size
+            first_visible = (block - config.window_in_blocks) * config.block_size
+            if block == last_block and first_visible <= first_key and num_keys == past_length - first_key + length:
+                return columns, DensePattern(implementation)
+        if position_ids is None:
+            if attention_mask is None:
+                position_ids = columns
+            else:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        # Keys are known by their column; each row's positions lag behind its columns by its left padding.
+        padding = columns[:, -1:] - position_ids[:, -1:]
+        key_columns = torch.arange(num_keys, device=device)[None] + first_key
+        key_positions = key_columns - padding
+        hidden_key = (key_positions < 0) | (key_columns >= past_length + length)
+        query_padding = None
+        if attention_mask is not None:
+            is_padding = attention_mask == 0
+            query_padding = is_padding[:, -length:]
+            hidden_key = hidden_key | is_padding[:, key_columns[0].clamp(max=is_padding.shape[1] - 1)]
+        query_code = visibility_code(position_ids, config.block_size, query_padding)
+        key_code = visibility_code(key_positions, config.block_size, hidden_key)
+        return position_ids, denoising_pattern(implementation, query_code, key_code, config.window_in_blocks)
+
+    def _two_stream_pass(
+        self,
+        input_ids: torch.Tensor,
+        clean_input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
+        timesteps: torch.Tensor | None,
+        layout: TwoStreamLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Embeddings, positions and noise levels of [noisy ; clean], as far as the layout holds them."""
+        if clean_input_ids.shape != input_ids.shape:
+            raise ValueError(
+                f"`clean_input_ids` must be of the shape of `input_ids`, {list(input_ids.shape)}, "
+                f"but got {list(clean_input_ids.shape)}."
+            )
+        batch_size, num_clean = input_ids.shape[0], layout.num_clean
+        position_ids, _ = self.text_code(input_ids, attention_mask, position_ids, document_ids)
+
+        def both(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+            noisy = layout.select_noisy(noisy)
+            return torch.cat([noisy, clean[:, :num_clean].expand(noisy.shape[0], -1)], dim=1)
+
+        hidden_states = self.embed_tokens(both(input_ids, clean_input_ids))
+        if timesteps is not None:
+            timesteps = timesteps[:, None] if timesteps.dim() == 1 else both(timesteps, torch.zeros_like(timesteps))
+        return hidden_states, both(position_ids, position_ids), timesteps
+
+    def _condition(self, sigma: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        """The embedded noise level: one for everything [cond_dim], or [batch, 1 or length, cond_dim]."""
+        if not self.config.adaln:
+            return None
+        if sigma is None or not self.config.time_conditioning:
+            sigma = torch.zeros((), device=device)
+        return nn.functional.silu(self.noise_embedding(sigma))
+
+
+class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
+    """A block diffusion language model: the transformer and its output projection."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: BD3LMConfig):
+        super().__init__(config)
+        self.model = BD3LMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        clean_input_ids: torch.LongTensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        noise_interval: tuple[float, float] | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BD3LMOutput:
+        """
+        Scores of the token *at* each position, or with `labels` the block diffusion loss.
+
+        Without `labels`, `input_ids` are the ids that the network reads, masked ones among them, and `logits` are raw: the
+        SUBS rules are applied where they are used ([`subs_log_probs`]). With `labels`, `input_ids` is the text x_0; noise
+        is drawn here from torch's global generator, and no logits are returned.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, clean_input_ids, timesteps, use_cache:
+                see [`BD3LMModel.forward`]; `document_ids` as well.
+            labels: the clean id of each token to be predicted, -100 for tokens that are neither masked nor predicted
+                (prompts, padding) [batch, length]; not shifted.
+            logits_to_keep: compute the logits of the last so many positions, or of these positions; 0 means all.
+            noise_interval: (beta, omega) that t is drawn from, in place of `config.noise_interval` when training and of the
+                full interval otherwise.
+            num_items_in_batch: denominator of the loss in place of the number of predicted tokens.
+
+        Raises:
+            ValueError: see [`BD3LMModel.forward`]; `labels` together with what only a denoising pass takes, or holding the
+                mask token.
+        """
+        if labels is not None:
+            if clean_input_ids is not None or past_key_values is not None or input_ids is None or timesteps is not None:
+                raise ValueError(
+                    "`labels` go with the text in `input_ids` alone: noise is drawn inside. Got one of `clean_input_ids`, "
+                    "`past_key_values`, `inputs_embeds`, `timesteps` with them."
+                )
+            return self._training_loss(
+                input_ids, attention_mask, position_ids, labels, noise_interval, num_items_in_batch, **kwargs
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            clean_input_ids=clean_input_ids,
+            timesteps=timesteps,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return BD3LMOutput(
+            logits=self.lm_head(outputs.last_hidden_state[:, kept]),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _training_loss(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        labels: torch.Tensor,
+        noise_interval: tuple[float, float] | None,
+        num_items_in_batch: int | torch.Tensor | None,
+        document_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BD3LMOutput:
+        """The NELBO estimate of arXiv 2503.09573, Eq. 8, over one draw of t per block and of x_t."""
+        config = self.config
+        for name, value in (("labels", labels), ("attention_mask", attention_mask)):
+            if value is not None and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"`{name}` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got {list(value.shape)}."
+                )
+        position_ids, code = self.model.text_code(input_ids, attention_mask, position_ids, document_ids)
+        predicted = labels != -100
+        if attention_mask is not None:
+            predicted = predicted & (attention_mask != 0)
+        if config.ignore_bos:
+            predicted = predicted & (position_ids != 0)
+        if (predicted & (labels == config.mask_token_id)).any():
+            raise ValueError(
+                f"`labels` must not hold the mask token ({config.mask_token_id}): it has probability 0. Set them to -100 there."
+            )
+
+        if noise_interval is None:
+            noise_interval = config.noise_interval if self.training else FULL_NOISE_INTERVAL
+        schedule = NOISE_SCHEDULES[config.noise_schedule]
+        block = (block_starts(code).long().cumsum(-1) - 1).expand(input_ids.shape)
+        num_blocks = int(block.max()) + 1
+        t = sample_timesteps(input_ids.shape[0], num_blocks, noise_interval, device=input_ids.device).gather(1, block)
+        mask_probability, loss_weight = schedule.mask_probability(t), schedule.loss_weight(t)
+        x_t = forward_process(input_ids, mask_probability, config.mask_token_id, maskable=predicted)
+        masked = (x_t == config.mask_token_id) & predicted
+
+        if config._attn_implementation == "flex_attention":
+            # Its block masks are made per shape, so the shapes stay the same at every step.
+            layout = TwoStreamLayout.of_all_tokens(code, config.block_size, config.window_in_blocks)
+            is_prediction = masked
+        else:
+            layout, is_prediction = TwoStreamLayout.of_predictions(
+                code, masked, config.block_size, config.window_in_blocks
+            )
+        outputs = self.model(
+            input_ids=x_t,
+            clean_input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            timesteps=sigma_from_mask_probability(mask_probability) if config.time_conditioning else None,
+            document_ids=document_ids,
+            layout=layout,
+            **kwargs,
+        )
+        denominator = predicted.sum() if num_items_in_batch is None else num_items_in_batch
+        weights = loss_weight[masked]
+        loss, nats = subs_loss(
+            outputs.last_hidden_state[is_prediction], labels[masked], weights, self.lm_head, config.mask_token_id
+        )
+        nelbo = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
+        nelbo[masked] = weights * nats
+        return BD3LMOutput(
+            loss=loss / denominator, hidden_states=outputs.hidden_states, attentions=outputs.attentions, nelbo=nelbo
+        )
+
+
+AUTO_MAP = {
+    "AutoConfig": f"{BD3LMConfig.__module__.split('.')[-1]}.BD3LMConfig",
+    "AutoModel": f"{__name__.split('.')[-1]}.BD3LMModel",
+    "AutoModelForMaskedLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
+    "AutoModelForCausalLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
+}
+BD3LMConfig.register_for_auto_class()
+BD3LMModel.register_for_auto_class("AutoModel")
+BD3LMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+from setuptools import setup
+
+
+PEFT = ["peft>=0.18"]
+
+setup(
+    name="bd3lm-hf",
+    version="0.1.0",
+    description="Block diffusion language models (BD3-LMs) for Hugging Face Transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["block diffusion", "discrete diffusion", "language model", "transformers"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=["bd3lm_hf", "bd3lm_hf.modeling"],
+    # The folder that travels to the Hub stays visible as one folder of the repository.
+    package_dir={"bd3lm_hf": "bd3lm_hf", "bd3lm_hf.modeling": "modeling"},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "numpy",
+        "safetensors>=0.6",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "peft": PEFT,
+        "eval": ["evaluate>=0.4"],
+        "flash-attn": ["flash-attn>=2.7"],
+        "dev": ["build>=1.2", "parameterized>=0.9", "pytest>=8", "ruff>=0.14", *PEFT],
+    },
+    entry_points={"console_scripts": ["bd3lm = bd3lm_hf.cli:main"]},
+)

@@ -1,0 +1,284 @@
+"""Text becomes sequences without losing, inventing or reordering anything."""
+
+import json
+import types
+
+import pytest
+import torch
+from datasets import Dataset
+
+from bd3lm_hf import data
+from bd3lm_hf.data import (
+    PackedSequenceCollator,
+    check_tokenizer,
+    limit_bytes,
+    load_documents,
+    load_tokenizer,
+    pack_documents,
+    split_documents,
+    train_tokenizer,
+)
+
+
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "Größe: 3 µm, 日本語, 😀👍 and plain text\n",
+    "",
+    "the quick brown fox jumps over the lazy dog " * 20,
+]
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return Dataset.from_dict({"text": TEXTS})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return train_tokenizer(documents, vocab_size=300)
+
+
+def num_bytes(documents):
+    return sum(len(text.encode()) for text in documents["text"])
+
+
+# Packing
+
+
+def test_packing_keeps_every_token_in_order(documents, tokenizer):
+    sequences = pack_documents(documents, tokenizer, 16, drop_remainder=False)
+    stream = [token for row in sequences["input_ids"] for token in row[1:]]
+    assert tokenizer.decode(stream) == "".join(text + tokenizer.eos_token for text in TEXTS if text)
+
+
+def test_training_sequences_are_full_and_start_with_bos(documents, tokenizer):
+    sequences = pack_documents(documents, tokenizer, 16)
+    assert len(sequences) > 10
+    assert {len(row) for row in sequences["input_ids"]} == {16}
+    assert {row[0] for row in sequences["input_ids"]} == {tokenizer.bos_token_id}
+
+
+def test_dropping_the_remainder_drops_only_what_does_not_fill_a_sequence(documents, tokenizer):
+    everything = pack_documents(documents, tokenizer, 16, drop_remainder=False)["input_ids"][:]
+    full = pack_documents(documents, tokenizer, 16)["input_ids"][:]
+    assert full == [row for row in everything if len(row) == 16]
+    assert len(everything) - len(full) == 1
+
+
+def test_bytes_of_the_sequences_add_up_to_the_corpus(documents, tokenizer):
+    sequences = pack_documents(documents, tokenizer, 7, drop_remainder=False)
+    assert sum(sequences["num_bytes"]) == num_bytes(documents)
+
+
+def test_bytes_are_counted_where_their_tokens_are():
+    # "日" (3 bytes) in three tokens, "é" (2 bytes) in one, " a" in one; the last entry is EOS.
+    offsets = [(0, 1), (0, 1), (0, 1), (1, 2), (2, 4)]
+    assert data._bytes_per_token("日é a", offsets).tolist() == [3, 0, 0, 2, 2, 0]
+    # A tokenizer that strips blanks covers them with no token.
+    assert data._bytes_per_token("ab \n", [(0, 2)]).tolist() == [2, 2]
+
+
+def test_special_tokens_spelled_out_in_a_text_are_ordinary_text(tokenizer):
+    text = "a [MASK] and </s> and <s>"
+    (row,) = pack_documents(Dataset.from_dict({"text": [text]}), tokenizer, 64, drop_remainder=False)["input_ids"]
+    assert tokenizer.mask_token_id not in row
+    assert row.count(tokenizer.bos_token_id) == row.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(row[1:-1]) == text
+
+
+# Tokenizers
+
+
+def test_trained_tokenizer_gives_the_mask_token_the_last_id(tokenizer):
+    assert tokenizer.mask_token_id == len(tokenizer) - 1 <= 300
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}
+    assert len(special) == 4
+
+
+def test_trained_tokenizer_reads_any_text_and_starts_it_with_bos(tokenizer):
+    text = "\x00 never seen: Ω ≈ 𝔘\r\n\ttabs"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1:]) == text
+    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+
+
+def test_trained_tokenizer_survives_saving(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert len(loaded) == len(tokenizer)
+    assert loaded.mask_token_id == tokenizer.mask_token_id
+    assert loaded(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+
+
+def test_gpt2_tokenizer_gets_the_mask_token_of_the_published_checkpoints(shared_dir):
+    tokenizer = load_tokenizer(shared_dir / "tokenizers" / "gpt2")
+    assert (tokenizer.mask_token_id, len(tokenizer)) == (50257, 50258)
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 50256
+
+
+def test_tokenizers_that_cannot_serve_are_refused(monkeypatch, tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="tokenizer=.* could not be loaded; it takes a folder"):
+        load_tokenizer(tmp_path)
+
+    slow = types.SimpleNamespace(is_fast=False)
+    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", lambda name: slow)
+    with pytest.raises(ValueError, match="tokenizer='slow' .* without a fast implementation"):
+        load_tokenizer("slow")
+
+    no_boundaries = types.SimpleNamespace(
+        is_fast=True, bos_token=None, eos_token=None, cls_token=None, sep_token=None
+    )
+    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", lambda name: no_boundaries)
+    with pytest.raises(ValueError, match="tokenizer='bare' has neither a BOS, EOS, CLS nor SEP"):
+        load_tokenizer("bare")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    size = len(tokenizer)
+    check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=size, mask_token_id=size - 1))
+    check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=size + 64, mask_token_id=size - 1))
+    with pytest.raises(ValueError, match=f"tokenizer has {size} tokens, but the model's vocab_size is 100"):
+        check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=100, mask_token_id=99))
+    with pytest.raises(ValueError, match=f"mask_token_id is {size - 1}, the model's is 50257"):
+        check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=50258, mask_token_id=50257))
+
+
+# Sources
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo ü\n", encoding="utf-8")
+    assert load_documents(str(tmp_path / "a.txt"))["text"][:] == ["one\n\ntwo ü\n"]
+
+
+def test_a_folder_is_a_document_per_text_file_in_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name, text in {"b.txt": "B", "a.md": "A", "sub/c.py": "C"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
+    assert load_documents(str(tmp_path))["text"][:] == ["A", "B", "C"]
+
+
+def test_a_table_is_a_document_per_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"body": text, "id": 1}) + "\n" for text in ("x", "y")), encoding="utf-8")
+    assert load_documents(str(path), text_column="body")["text"][:] == ["x", "y"]
+    with pytest.raises(ValueError, match="text_column='text' is not a column of .*it has .*body"):
+        load_documents(str(path))
+
+
+def test_a_hub_dataset_is_asked_for_with_its_configuration_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return Dataset.from_dict({"content": ["x", None, "y"]})
+
+    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    documents = load_documents("org/name", split="test", text_column="content", dataset_config="v1")
+    assert asked == [(("org/name", "v1"), {"split": "test"})]
+    assert documents["text"][:] == ["x", None, "y"]
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_says_what_was_asked_for(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise data.datasets.exceptions.DatasetNotFoundError("no such dataset")
+
+    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="data='org/name' is no file or folder .*split='train'.*no such dataset"):
+        load_documents("org/name")
+
+
+def test_the_builtin_corpus_is_the_standard_library_in_a_fixed_order():
+    first, second = (load_documents("builtin") for _ in range(2))
+    assert first["text"][:] == second["text"][:]
+    assert any(text.startswith('r"""HTTP/1.1 client library') for text in first["text"])
+    assert num_bytes(first) > 5_000_000
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "./missing", "missing.jsonl"])
+def test_a_missing_path_is_not_taken_for_a_hub_dataset(name):
+    with pytest.raises(ValueError, match=f"data='{name}' does not exist; it takes a file, a folder"):
+        load_documents(name)
+
+
+def test_text_that_is_not_utf8_is_refused_with_its_file(tmp_path):
+    (tmp_path / "good.txt").write_text("fine", encoding="utf-8")
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 text: .* in position 2"):
+        load_documents(str(tmp_path))
+
+
+def test_a_corpus_without_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no text \(0 documents\)"):
+        load_documents(str(tmp_path))
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(ValueError, match=r"holds no text \(1 documents\)"):
+        load_documents(str(tmp_path))
+
+
+def test_sizes_that_make_no_sequence_are_refused(documents, tokenizer):
+    with pytest.raises(ValueError, match="length=1 must be at least 2"):
+        pack_documents(documents, tokenizer, 1)
+    with pytest.raises(ValueError, match="length=4096: the corpus has only .* tokens"):
+        pack_documents(documents, tokenizer, 4096)
+    with pytest.raises(ValueError, match="the corpus holds no text"):
+        pack_documents(Dataset.from_dict({"text": ["", None]}), tokenizer, 8)
+    with pytest.raises(ValueError, match="vocab_size=259 is too small .* at least 260"):
+        train_tokenizer(documents, 259)
+    with pytest.raises(ValueError, match="max_bytes=0 must be at least 1"):
+        limit_bytes(documents, 0)
+    for fraction in (0, 1, -0.1):
+        with pytest.raises(ValueError, match=f"held_out_fraction={fraction} must lie between 0 and 1"):
+            split_documents(documents, fraction)
+
+
+# Splits
+
+
+def test_held_out_documents_are_not_trained_on_and_none_is_lost():
+    texts = [f"document {index}" for index in range(50)]
+    splits = split_documents(Dataset.from_dict({"text": texts}), 0.2, seed=1)
+    assert len(splits["held_out"]) == 10
+    assert sorted([*splits["train"]["text"], *splits["held_out"]["text"]]) == sorted(texts)
+    again = split_documents(Dataset.from_dict({"text": texts}), 0.2, seed=1)
+    assert again["held_out"]["text"][:] == splits["held_out"]["text"][:]
+
+
+def test_a_single_document_is_cut_at_the_end_of_a_line():
+    text = "".join(f"line {index}\n" for index in range(100))
+    splits = split_documents(Dataset.from_dict({"text": [text]}), 0.1)
+    (train,), (held_out,) = (splits[name]["text"][:] for name in ("train", "held_out"))
+    assert train + held_out == text
+    assert held_out.startswith("line 9")
+    assert train.endswith("\n")
+
+
+def test_a_single_document_that_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match="held_out_fraction=0.1: the split 'train' holds no text"):
+        split_documents(Dataset.from_dict({"text": ["one line"]}), 0.1)
+
+
+def test_the_byte_limit_cuts_the_document_that_crosses_it():
+    documents = Dataset.from_dict({"text": ["abc", "dé", "fgh"]})
+    assert limit_bytes(documents, 5)["text"][:] == ["abc", "d"]  # "é" has two bytes, and one is left for it
+    assert limit_bytes(documents, 6)["text"][:] == ["abc", "dé"]
+    assert limit_bytes(documents, 100)["text"][:] == ["abc", "dé", "fgh"]
+
+
+# Collator
+
+
+def test_padding_is_neither_seen_nor_predicted_but_an_eos_of_the_text_is():
+    collate = PackedSequenceCollator(pad_token_id=9)
+    batch = collate([{"input_ids": [1, 5, 9]}, {"input_ids": [1, 9]}])
+    assert batch["input_ids"].tolist() == [[1, 5, 9], [1, 9, 9]]
+    assert batch["labels"].tolist() == [[1, 5, 9], [1, 9, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_full_sequences_need_no_attention_mask():
+    batch = PackedSequenceCollator(pad_token_id=0)([{"input_ids": torch.tensor([1, 0])}] * 2)
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["labels"].tolist() == [[1, 0], [1, 0]]
