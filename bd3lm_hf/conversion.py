@@ -393,9 +393,8 @@ def _infer_config(
         "block_size": block_size,
         "adaln": "backbone.sigma_map.mlp.0.bias" in parameters,
     }
-    if fields["adaln"]:
-        fields["cond_dim"] = len(state_dict["backbone.sigma_map.mlp.0.bias"])
     for field, section, key in (
+        ("cond_dim", model, "cond_dim"),
         ("dropout", model, "dropout"),
         ("time_conditioning", algorithm, "time_conditioning"),
         ("ignore_bos", algorithm, "ignore_bos"),
@@ -405,6 +404,12 @@ def _infer_config(
     ):
         if key in section:
             fields[field] = section[key]
+    if fields["adaln"]:
+        fields["cond_dim"] = len(state_dict["backbone.sigma_map.mlp.0.bias"])
+    for name in ("sampling_eps_min", "sampling_eps_max"):
+        if name in state_dict:
+            # What the run ended with, in float32, whose tail of digits means nothing.
+            fields[name] = round(state_dict[name].item(), 6)
     return BD3LMConfig(**fields)
 
 

@@ -51,7 +51,7 @@ class LineStreamer(TextDiffusionStreamer):
         pass
 
 
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
 set_seed(0)
 streamer_class = TextDiffusionStreamer if sys.stdout.isatty() else LineStreamer

@@ -1,8 +1,8 @@
 """
 Who may attend to whom, and the passes over the attention functions that exploit it.
 
-Every token carries a *visibility code*, `document * stride + block`. With `span = code(query) - code(key)` and the window of
-W earlier blocks, the rules of block diffusion are
+Every token carries a *visibility code*, `document * stride + block`. With `span = code(query) - code(key)` and the
+window of W earlier blocks, the rules of block diffusion are
 
     denoising pass, and clean to clean:   0 <= span <= W
     noisy to clean:                       1 <= span <= W
@@ -58,7 +58,9 @@ def visibility_code(
 
 
 def documents_from_positions(position_ids: torch.Tensor) -> torch.Tensor:
-    """Numbers the documents of packed rows: one starts wherever `position_ids` [batch, length] does not go up by one."""
+    """
+    Numbers the documents of packed rows: one starts wherever `position_ids` [batch, length] does not go up by one.
+    """
     starts = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0))
     return starts.long().cumsum(-1)
 
@@ -81,7 +83,9 @@ def two_stream_sees(
     key_is_noisy: torch.Tensor,
     window: int,
 ) -> torch.Tensor:
-    """The rule of the pass over [x_t ; x_0] (arXiv 2503.09573, Sec. 3.3); all arguments broadcast, the result is bool."""
+    """
+    The rule of the pass over [x_t ; x_0] (arXiv 2503.09573, Sec. 3.3); all arguments broadcast, the result is bool.
+    """
     noisy_to_noisy = query_is_noisy & key_is_noisy & sees(query_code, key_code, 0, 0)
     noisy_to_clean = query_is_noisy & ~key_is_noisy & sees(query_code, key_code, 1, window)
     clean_to_clean = ~query_is_noisy & ~key_is_noisy & sees(query_code, key_code, 0, window)
@@ -115,7 +119,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention with the weights returned; [batch, heads, length, head_dim] -> [batch, length, heads, head_dim]."""
+    """
+    Softmax attention with the weights returned; [batch, heads, length, head_dim] -> [batch, length, heads, head_dim].
+    """
     attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         attn_weights = attn_weights.masked_fill(~attention_mask, torch.finfo(attn_weights.dtype).min)
@@ -125,7 +131,9 @@ def eager_attention_forward(
 
 
 def flex_block_mask(mask_function: Callable, num_queries: int, num_keys: int, device: torch.device, batch: int | None):
-    """FlexAttention's BlockMask of `mask_function(batch, head, query, key)`; compiled on an accelerator, where it pays."""
+    """
+    FlexAttention's BlockMask of `mask_function(batch, head, query, key)`; compiled on an accelerator, where it pays.
+    """
     return create_block_mask(
         mask_function, batch, None, num_queries, num_keys, device=device, _compile=device.type != "cpu"
     )
@@ -136,7 +144,8 @@ class DensePattern:
     """
     One call of the attention function for all queries and all keys.
 
-    `mask` is what the implementation takes: None (everything is visible), bool [batch or 1, 1, queries, keys], or a BlockMask.
+    `mask` is what the implementation takes: None (everything is visible), bool [batch or 1, 1, queries, keys], or a
+    BlockMask.
     """
 
     implementation: str
@@ -170,41 +179,118 @@ def denoising_pattern(
 
 
 @dataclass
-class QueryChunk:
-    """Queries [start, end), and the keys that they can see: some leading pieces of the clean ones, a run of noisy ones."""
+class Tile:
+    """Keys [start, end) of a chunk of queries, and which query sees which: bool [batch or 1, 1, queries, keys]."""
 
     start: int
     end: int
-    num_clean_pieces: int
-    noisy_start: int
-    noisy_end: int
-    mask: torch.Tensor
+    visible: torch.Tensor
+
+    def additive_mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores; finite, so that a query which sees nothing of this tile gets no NaN."""
+        if getattr(self, "_additive_mask", None) is None or self._additive_mask.dtype != dtype:
+            mask = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
+            self._additive_mask = mask.masked_fill_(~self.visible, torch.finfo(dtype).min)
+        return self._additive_mask
+
+
+@dataclass
+class QueryChunk:
+    """Queries [start, end), and the tiles of keys that they can see."""
+
+    start: int
+    end: int
+    tiles: list[Tile]
 
 
 @dataclass
 class ChunkedPattern:
     """
-    The two-stream pass in chunks of queries, each reading only the keys that it can see.
-
-    Keys lie as [noisy ; clean]. The clean keys are cut once into pieces of QUERY_CHUNK_SIZE, so that the gradient of a piece
-    is a sum of small tensors and never of full-length ones.
+    The two-stream pass in chunks of queries, each reading only the keys that it can see; keys lie as [noisy ; clean].
     """
 
-    num_noisy: int
     chunks: list[QueryChunk]
 
     def __call__(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
-        noisy, clean = zip(*(states.tensor_split([self.num_noisy], dim=2) for states in (key, value)), strict=True)
-        pieces = [states.split(QUERY_CHUNK_SIZE, dim=2) for states in clean]
+        if query.device.type == "cpu":
+            return TiledAttention.apply(query, key, value, self.chunks, module.scaling).transpose(1, 2), None
         outputs = []
         for chunk in self.chunks:
             seen_key, seen_value = (
-                torch.cat([*clean_pieces[: chunk.num_clean_pieces], states[:, :, chunk.noisy_start : chunk.noisy_end]], 2)
-                for clean_pieces, states in zip(pieces, noisy, strict=True)
+                torch.cat([states[:, :, tile.start : tile.end] for tile in chunk.tiles], dim=2)
+                for states in (key, value)
             )
-            attend = DensePattern("sdpa", chunk.mask)
+            rows = max(tile.visible.shape[0] for tile in chunk.tiles)
+            visible = torch.cat([tile.visible.expand(rows, -1, -1, -1) for tile in chunk.tiles], dim=-1)
+            attend = DensePattern("sdpa", visible)
             outputs.append(attend(module, query[:, :, chunk.start : chunk.end], seen_key, seen_value, **kwargs)[0])
         return torch.cat(outputs, dim=1), None
+
+
+class TiledAttention(torch.autograd.Function):
+    """
+    Softmax attention over the tiles of each chunk with torch's own CPU kernel, which SDPA calls as well.
+
+    The kernel returns the log-normalizer of its tile, so that a query's tiles are merged exactly and no keys are copied
+    (arXiv 2205.14135, Sec. 3.1). Given the merged output and normalizer, its backward pass yields each tile's share of
+    the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, chunks, scaling):
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # Tokens before heads in memory, as the output projection reads it.
+        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        log_normalizer = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        for chunk in chunks:
+            queries = query[:, :, chunk.start : chunk.end]
+            merged = total = None
+            for tile in chunk.tiles:
+                keys = slice(tile.start, tile.end)
+                mask = tile.additive_mask(query.dtype)
+                part, normalizer = attend(queries, key[:, :, keys], value[:, :, keys], attn_mask=mask, scale=scaling)
+                if merged is None:
+                    merged, total = part, normalizer
+                    continue
+                new_total = torch.logaddexp(total, normalizer)
+                merged = merged * (total - new_total).exp()[..., None].to(part.dtype)
+                merged.addcmul_(part, (normalizer - new_total).exp()[..., None].to(part.dtype))
+                total = new_total
+            output[:, :, chunk.start : chunk.end] = merged
+            log_normalizer[:, :, chunk.start : chunk.end] = total
+        ctx.save_for_backward(query, key, value, output, log_normalizer)
+        ctx.chunks, ctx.scaling = chunks, scaling
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, key, value, output, log_normalizer = ctx.saved_tensors
+        grad_query, grad_key, grad_value = (
+            torch.zeros_like(states.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for states in (query, key, value)
+        )
+        for chunk in ctx.chunks:
+            queries = slice(chunk.start, chunk.end)
+            for tile in chunk.tiles:
+                keys = slice(tile.start, tile.end)
+                grads = attend_backward(
+                    grad_output[:, :, queries],
+                    query[:, :, queries],
+                    key[:, :, keys],
+                    value[:, :, keys],
+                    output[:, :, queries],
+                    log_normalizer[:, :, queries],
+                    0.0,
+                    False,
+                    attn_mask=tile.additive_mask(query.dtype),
+                    scale=ctx.scaling,
+                )
+                grad_query[:, :, queries] += grads[0]
+                grad_key[:, :, keys] += grads[1]
+                grad_value[:, :, keys] += grads[2]
+        return grad_query, grad_key, grad_value, None, None
 
 
 @dataclass
@@ -213,13 +299,13 @@ class TwoStreamLayout:
     Which tokens take part in the pass over [x_t ; x_0], and what they may see.
 
     Attributes:
-        noisy_code, clean_code: visibility codes [batch, num_noisy] and [batch, num_clean]. The noisy tokens of a block lie
-            together; clean column i is token i of the text.
+        noisy_code, clean_code: visibility codes [batch, num_noisy] and [batch, num_clean]. The noisy tokens of a
+            block lie together; clean column i is token i of the text.
         block_size: tokens per block.
         window: earlier blocks that a block sees.
         noisy_columns: the tokens of the text that the noisy stream holds [batch, num_noisy]; None means all.
-        queries: the noisy tokens whose final states are wanted, as indices into the noisy stream [batch, num_queries]; None
-            means all. The last layer computes no others.
+        queries: the noisy tokens whose final states are wanted, as indices into the noisy stream [batch,
+            num_queries]; None means all. The last layer computes no others.
     """
 
     noisy_code: torch.Tensor
@@ -231,7 +317,9 @@ class TwoStreamLayout:
 
     @classmethod
     def of_all_tokens(cls, code: torch.Tensor, block_size: int, window: int) -> "TwoStreamLayout":
-        """Both streams whole, whatever the noise: the same shapes at every step. Codes may be [1, length] for all rows."""
+        """
+        Both streams whole, whatever the noise: the same shapes at every step. Codes may be [1, length] for all rows.
+        """
         return cls(code, code, block_size, window)
 
     @classmethod
@@ -239,14 +327,16 @@ class TwoStreamLayout:
         cls, code: torch.Tensor, predicted: torch.Tensor, block_size: int, window: int
     ) -> tuple["TwoStreamLayout", torch.Tensor]:
         """
-        Only what the predicted tokens depend on: noisy blocks that hold one, and clean tokens before the last such block.
+        Only what the predicted tokens depend on: noisy blocks that hold one, and clean tokens before the last such
+            block.
 
         Args:
             code: visibility codes of the text [batch, length].
             predicted: bool [batch, length].
 
         Returns:
-            (the layout, bool [batch, num_queries]: which of its queries are predicted tokens, in the order of the text).
+            (the layout, bool [batch, num_queries]: which of its queries are predicted tokens, in the order of the
+            text).
         """
         code = code.expand(predicted.shape)
         starts = block_starts(code)
@@ -284,12 +374,14 @@ class TwoStreamLayout:
         return noisy if self.queries is None else gather_tokens(noisy, self.queries)
 
     def pattern(self, implementation: str, last_layer: bool) -> DensePattern | ChunkedPattern:
-        """The attention of a layer: dense under `eager`, a block mask under `flex_attention`, else in chunks of queries."""
+        """
+        The attention of a layer: dense under `eager`, a block mask under `flex_attention`, else in chunks of queries.
+        """
         if implementation == "eager":
             return DensePattern(implementation, self._dense_mask(last_layer))
         if implementation == "flex_attention":
             return DensePattern(implementation, self._block_mask(last_layer))
-        return ChunkedPattern(self.num_noisy, self._chunks(last_layer))
+        return ChunkedPattern(self._chunks(last_layer))
 
     def _query_code(self, last_layer: bool) -> torch.Tensor:
         if not last_layer:
@@ -302,7 +394,11 @@ class TwoStreamLayout:
             torch.arange(code.shape[1], device=code.device) < self.num_noisy for code in (query_code, key_code)
         )
         return two_stream_sees(
-            query_code[:, None, :, None], query_is_noisy[:, None], key_code[:, None, None, :], key_is_noisy, self.window
+            query_code[:, None, :, None],
+            query_is_noisy[:, None],
+            key_code[:, None, None, :],
+            key_is_noisy,
+            self.window,
         )
 
     def _block_mask(self, last_layer: bool) -> object:
@@ -333,26 +429,24 @@ class TwoStreamLayout:
                 chosen = queries[:, start:end]
                 code, first, last = self.noisy_code.gather(1, chosen), int(chosen.min()), int(chosen.max())
                 columns = chosen if self.noisy_columns is None else self.noisy_columns.gather(1, chosen)
-            num_clean = min(last if columns is None else int(columns.max()), self.num_clean)
-            num_pieces = -(-num_clean // QUERY_CHUNK_SIZE)
-            noisy_start, noisy_end = max(0, first - self.block_size + 1), min(self.num_noisy, last + self.block_size)
-            clean_code = self.clean_code[:, : num_pieces * QUERY_CHUNK_SIZE]
-            noisy_code = self.noisy_code[:, noisy_start:noisy_end]
             code = code[:, None, :, None]
-            visible = [
-                sees(code, clean_code[:, None, None], 1, self.window),
-                sees(code, noisy_code[:, None, None], 0, 0),
-            ]
-            chunks.append(QueryChunk(start, end, num_pieces, noisy_start, noisy_end, torch.cat(visible, -1)))
+            # A block may begin before the chunk and end behind it.
+            noisy = slice(max(0, first - self.block_size + 1), min(self.num_noisy, last + self.block_size))
+            tiles = [Tile(noisy.start, noisy.stop, sees(code, self.noisy_code[:, None, None, noisy], 0, 0))]
+            num_clean = min(last if columns is None else int(columns.max()), self.num_clean)
+            if num_clean:
+                visible = sees(code, self.clean_code[:, None, None, :num_clean], 1, self.window)
+                tiles.append(Tile(self.num_noisy, self.num_noisy + num_clean, visible))
+            chunks.append(QueryChunk(start, end, tiles))
         return chunks
 
     def _clean_chunks(self) -> list[QueryChunk]:
         chunks = []
         for start in range(0, self.num_clean, QUERY_CHUNK_SIZE):
             end = min(start + QUERY_CHUNK_SIZE, self.num_clean)
-            # A block that straddles the end of the chunk is seen whole.
-            num_pieces = -(-min(end + self.block_size - 1, self.num_clean) // QUERY_CHUNK_SIZE)
-            clean_code = self.clean_code[:, : num_pieces * QUERY_CHUNK_SIZE]
-            mask = sees(self.clean_code[:, None, start:end, None], clean_code[:, None, None], 0, self.window)
-            chunks.append(QueryChunk(self.num_noisy + start, self.num_noisy + end, num_pieces, 0, 0, mask))
+            num_keys = min(end + self.block_size - 1, self.num_clean)
+            query_code, key_code = self.clean_code[:, start:end], self.clean_code[:, :num_keys]
+            visible = sees(query_code[:, None, :, None], key_code[:, None, None, :], 0, self.window)
+            tile = Tile(self.num_noisy, self.num_noisy + num_keys, visible)
+            chunks.append(QueryChunk(self.num_noisy + start, self.num_noisy + end, [tile]))
         return chunks

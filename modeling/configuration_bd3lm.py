@@ -28,7 +28,8 @@ class BD3LMConfig(PreTrainedConfig):
         num_hidden_layers: number of transformer layers.
         num_attention_heads: attention heads per layer; divides `hidden_size` into heads of an even size.
         intermediate_size: width of the MLP; `None` means 4 x `hidden_size`.
-        max_position_embeddings: context length in tokens. A longer text is read through a window that slides by blocks.
+        max_position_embeddings: context length in tokens. A longer text is read through a window that slides by
+            blocks.
         block_size: tokens denoised together. 1 is an autoregressive model, `max_position_embeddings` masked diffusion.
         hidden_dropout: dropout probability of both residual branches.
         cond_dim: width of the noise level's embedding.

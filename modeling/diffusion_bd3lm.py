@@ -18,8 +18,8 @@ class NoiseSchedule:
     """
     How likely a token is masked at time t, and the weight that makes the weighted loss a bound.
 
-    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), p(t) = 1 - alpha_t and
-    w(t) = -alpha'_t / (1 - alpha_t). t is in [0, 1], p is a probability, w is 1 / (unit of t).
+    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), p(t) = 1 - alpha_t
+    and w(t) = -alpha'_t / (1 - alpha_t). t is in [0, 1], p is a probability, w is 1 / (unit of t).
     """
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
@@ -100,8 +100,8 @@ def sample_timesteps(
     """
     Draws the time t of every block from U[beta, omega] (arXiv 2503.09573, Sec. 5).
 
-    Antithetic draws put one t into each of `batch_size * num_blocks` strata of equal width. The strata are dealt to the
-    blocks in random order, so that each block's t is uniform whatever its row and its place in the row.
+    Antithetic draws put one t into each of `batch_size * num_blocks` strata of equal width. The strata are dealt to
+    the blocks in random order, so that each block's t is uniform whatever its row and its place in the row.
 
     Args:
         batch_size: number of rows.
@@ -150,8 +150,8 @@ def forward_process(
 
 def subs_log_probs(logits: torch.Tensor, x_t: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """
-    log x_theta under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3): the mask token has probability 0, and a revealed token
-    stays as it is.
+    log x_theta under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3): the mask token has probability 0, and a revealed
+    token stays as it is.
 
     Args:
         logits: raw scores [batch, length, vocab].
@@ -239,7 +239,8 @@ def subs_loss(
         mask_token_id: the token of probability 0.
 
     Returns:
-        (sum of loss_weights * -log x_theta, a scalar; -log x_theta in nats [num_masked], without gradient), in float32.
+        (sum of loss_weights * -log x_theta, a scalar; -log x_theta in nats [num_masked], without gradient), in
+        float32.
     """
     if type(output_projection) is torch.nn.Linear:
         return SubsCrossEntropy.apply(

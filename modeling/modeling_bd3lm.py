@@ -112,10 +112,29 @@ def rotary_embedding(config: BD3LMConfig, position_ids: torch.Tensor, dtype: tor
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates queries or keys [batch, heads, length, head_dim] to their positions."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+class ApplyRotary(torch.autograd.Function):
+    """
+    Rotates queries or keys [batch, heads, length, head_dim] to their positions, with one tensor written each way.
+    """
+
+    @staticmethod
+    def forward(ctx, states, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return ApplyRotary.rotate(states, cos, sin)
+
+    @staticmethod
+    def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        half = states.shape[-1] // 2
+        first, second = states[..., :half], states[..., half:]
+        rotated = states * cos
+        rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
+        rotated[..., half:].addcmul_(first, sin[..., half:])
+        return rotated
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return ApplyRotary.rotate(grad, cos, -sin), None, None
 
 
 class BD3LMAttention(nn.Module):
@@ -149,8 +168,8 @@ class BD3LMAttention(nn.Module):
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-        query = apply_rotary(heads(self.q_proj(query_states)), *query_rotary)
-        key = apply_rotary(heads(self.k_proj(hidden_states)), *rotary)
+        query = ApplyRotary.apply(heads(self.q_proj(query_states)), *query_rotary)
+        key = ApplyRotary.apply(heads(self.k_proj(hidden_states)), *rotary)
         value = heads(self.v_proj(hidden_states))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -241,6 +260,11 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)"]
     _can_record_outputs = {"hidden_states": BD3LMDecoderLayer, "attentions": BD3LMAttention}
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Transformers would look for the attention interface in this file; it is called in attention_bd3lm.py.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -265,13 +289,17 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         if model.config.is_published_format and (info["missing_keys"] or info["unexpected_keys"]):
             raise ValueError(
                 f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is a checkpoint in the published "
-                f"format whose tensors must be exactly those of the model, but it lacks {sorted(info['missing_keys'])} "
-                f"and has the unknown {sorted(info['unexpected_keys'])}. Reading this format needs the package bd3lm_hf."
+                f"format whose tensors must be exactly those of the model, but it lacks "
+                f"{sorted(info['missing_keys'])} "
+                f"and has the unknown {sorted(info['unexpected_keys'])}. Reading this format needs the package "
+                "bd3lm_hf."
             )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, with the model's sources beside the weights for `trust_remote_code=True`."""
+        """
+        As `PreTrainedModel.save_pretrained`, with the model's sources beside the weights for `trust_remote_code=True`.
+        """
         self.config.auto_map = dict(AUTO_MAP)
         # A checkpoint read in the published format is saved in this one.
         kwargs.setdefault("save_original_format", False)
@@ -311,18 +339,20 @@ class BD3LMModel(BD3LMPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
-        A denoising pass over `input_ids`, or with `clean_input_ids` the two-stream pass over [input_ids ; clean_input_ids].
+        A denoising pass over `input_ids`, or with `clean_input_ids` the two-stream pass over [input_ids ;
+        clean_input_ids].
 
         Args:
             input_ids: ids, masked ones among them [batch, length].
             attention_mask: 0 at padding [batch, cached + length].
-            position_ids: positions, counted in real tokens of each row [batch, length]. A document begins wherever they do
-                not go up by one.
-            past_key_values: cache of the blocks before; every position given here is written to it (see `CommitCache`).
+            position_ids: positions, counted in real tokens of each row [batch, length]. A document begins wherever
+                they do not go up by one.
+            past_key_values: cache of the blocks before; every position given here is written to it (see
+                `CommitCache`).
             inputs_embeds: embeddings in place of `input_ids` [batch, length, hidden].
             clean_input_ids: x_0 [batch, length]; `input_ids` is x_t then.
-            timesteps: sigma of each row [batch], for all that is given, or of each token of `input_ids` [batch, length];
-                clean tokens have sigma 0 then. None means 0.
+            timesteps: sigma of each row [batch], for all that is given, or of each token of `input_ids` [batch,
+                length]; clean tokens have sigma 0 then. None means 0.
             use_cache: make a cache if none is given.
             document_ids: equal for the tokens of one document of a packed row [batch, length].
             layout: which tokens of the two streams are computed; all by default.
@@ -331,7 +361,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
             `last_hidden_state` [batch, length, hidden], or [batch, num_queries, hidden] of the layout.
 
         Raises:
-            ValueError: arguments that exclude each other, shapes that do not fit, training under `flex_attention` on a CPU.
+            ValueError: arguments that exclude each other, shapes that do not fit, training under `flex_attention` on
+                a CPU.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given, but got both or neither.")
@@ -342,7 +373,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         expected_shape = (given.shape[0], past_length + given.shape[1])
         if attention_mask is not None and attention_mask.shape != expected_shape:
             raise ValueError(
-                f"`attention_mask` must be of shape [batch, cached + length] = {[int(size) for size in expected_shape]}, "
+                f"`attention_mask` must be of shape [batch, cached + length] = "
+                f"{[int(size) for size in expected_shape]}, "
                 f"but got {list(attention_mask.shape)}."
             )
 
@@ -356,7 +388,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         else:
             if inputs_embeds is not None or past_key_values is not None:
                 raise ValueError(
-                    "`clean_input_ids` goes with `input_ids` alone, but got `inputs_embeds` or `past_key_values` with it."
+                    "`clean_input_ids` goes with `input_ids` alone, but got `inputs_embeds` or `past_key_values` "
+                    "with it."
                 )
             if layout is None:
                 _, code = self.text_code(input_ids, attention_mask, position_ids, document_ids)
@@ -374,7 +407,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
             and hidden_states.device.type == "cpu"
         ):
             raise ValueError(
-                "`attn_implementation` is 'flex_attention', which has no backward pass on a CPU; take 'sdpa' to train there."
+                "`attn_implementation` is 'flex_attention', which has no backward pass on a CPU; take 'sdpa' to "
+                "train there."
             )
 
         condition = self._condition(sigma, hidden_states.device)
@@ -487,7 +521,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 f"`clean_input_ids` must be of the shape of `input_ids`, {list(input_ids.shape)}, "
                 f"but got {list(clean_input_ids.shape)}."
             )
-        batch_size, num_clean = input_ids.shape[0], layout.num_clean
+        num_clean = layout.num_clean
         position_ids, _ = self.text_code(input_ids, attention_mask, position_ids, document_ids)
 
         def both(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
@@ -540,28 +574,34 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         """
         Scores of the token *at* each position, or with `labels` the block diffusion loss.
 
-        Without `labels`, `input_ids` are the ids that the network reads, masked ones among them, and `logits` are raw: the
-        SUBS rules are applied where they are used ([`subs_log_probs`]). With `labels`, `input_ids` is the text x_0; noise
-        is drawn here from torch's global generator, and no logits are returned.
+        Without `labels`, `input_ids` are the ids that the network reads, masked ones among them, and `logits` are
+        raw: the SUBS rules are applied where they are used ([`subs_log_probs`]). With `labels`, `input_ids` is the
+        text x_0; noise is drawn here from torch's global generator, and no logits are returned.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, clean_input_ids, timesteps, use_cache:
-                see [`BD3LMModel.forward`]; `document_ids` as well.
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, clean_input_ids, timesteps,
+                use_cache: see [`BD3LMModel.forward`]; `document_ids` as well.
             labels: the clean id of each token to be predicted, -100 for tokens that are neither masked nor predicted
                 (prompts, padding) [batch, length]; not shifted.
             logits_to_keep: compute the logits of the last so many positions, or of these positions; 0 means all.
-            noise_interval: (beta, omega) that t is drawn from, in place of `config.noise_interval` when training and of the
-                full interval otherwise.
+            noise_interval: (beta, omega) that t is drawn from, in place of `config.noise_interval` when training and
+                of the full interval otherwise.
             num_items_in_batch: denominator of the loss in place of the number of predicted tokens.
 
         Raises:
-            ValueError: see [`BD3LMModel.forward`]; `labels` together with what only a denoising pass takes, or holding the
-                mask token.
+            ValueError: see [`BD3LMModel.forward`]; `labels` together with what only a denoising pass takes, or
+                holding the mask token.
         """
         if labels is not None:
-            if clean_input_ids is not None or past_key_values is not None or input_ids is None or timesteps is not None:
+            if (
+                clean_input_ids is not None
+                or past_key_values is not None
+                or input_ids is None
+                or timesteps is not None
+            ):
                 raise ValueError(
-                    "`labels` go with the text in `input_ids` alone: noise is drawn inside. Got one of `clean_input_ids`, "
+                    "`labels` go with the text in `input_ids` alone: noise is drawn inside. Got one of "
+                    "`clean_input_ids`, "
                     "`past_key_values`, `inputs_embeds`, `timesteps` with them."
                 )
             return self._training_loss(
@@ -602,7 +642,8 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         for name, value in (("labels", labels), ("attention_mask", attention_mask)):
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(
-                    f"`{name}` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got {list(value.shape)}."
+                    f"`{name}` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
+                    f"{list(value.shape)}."
                 )
         position_ids, code = self.model.text_code(input_ids, attention_mask, position_ids, document_ids)
         predicted = labels != -100
@@ -612,7 +653,8 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             predicted = predicted & (position_ids != 0)
         if (predicted & (labels == config.mask_token_id)).any():
             raise ValueError(
-                f"`labels` must not hold the mask token ({config.mask_token_id}): it has probability 0. Set them to -100 there."
+                f"`labels` must not hold the mask token ({config.mask_token_id}): it has probability 0. Set them to "
+                "-100 there."
             )
 
         if noise_interval is None:

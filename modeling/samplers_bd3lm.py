@@ -5,8 +5,8 @@ import torch
 
 class Sampler:
     """
-    One denoising step asks a sampler three things, in this order: at which masked positions it wants predictions, what noise
-    level a time-conditioned network should be told, and which of the predicted tokens are revealed.
+    One denoising step asks a sampler three things, in this order: at which masked positions it wants predictions,
+    what noise level a time-conditioned network should be told, and which of the predicted tokens are revealed.
 
     Masks are bool [batch, block_size]. A sampler is made anew for each block.
     """
@@ -37,9 +37,9 @@ class FirstHittingSampler(Sampler):
     """
     Reveals one uniformly chosen masked token per forward (Zheng et al., arXiv 2409.02908, Alg. 1).
 
-    Exactly the ancestral sampler in the limit of infinitely many steps: the next token to be revealed there is uniform among
-    the masked ones whatever the schedule, and the time at which that happens follows p <- p u^(1/n) with n masked tokens and
-    u uniform.
+    Exactly the ancestral sampler in the limit of infinitely many steps: the next token to be revealed there is
+    uniform among the masked ones whatever the schedule, and the time at which that happens follows p <- p u^(1/n)
+    with n masked tokens and u uniform.
     """
 
     def __init__(self):
@@ -79,7 +79,7 @@ class ConfidenceSampler(Sampler):
 
     def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
         confidence = confidence.masked_fill(~candidates, -1.0)
-        rank = confidence.argsort(-1, descending=True, stable=True).argsort(-1)
+        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         if self.confidence_threshold is not None:
             revealed = (confidence > self.confidence_threshold) | (rank == 0)
         else:

@@ -194,7 +194,7 @@ SCHEDULES = {
     "loglinear": lambda t: (t, 1 / t),
     "square": lambda t: (_floor(t**2), 2 * t / _floor(t**2)),
     "square_root": lambda t: (_floor(t**0.5), t**-0.5 / (2 * _floor(t**0.5))),
-    "log": lambda t: (torch.log(1 + t) / math.log(2), 1 / (torch.log(1 + t) * (1 + t))),
+    "log": lambda t: (torch.log1p(t) / math.log(2), 1 / (torch.log1p(t) * (1 + t))),
     "cosine": lambda t: (
         1 - (1 - EPS) * torch.cos(math.pi * t / 2),
         (1 - EPS) * torch.sin(math.pi * t / 2) * (math.pi / 2) / (1 - (1 - EPS) * torch.cos(math.pi * t / 2) + EPS),

@@ -126,9 +126,7 @@ def test_tokenizers_that_cannot_serve_are_refused(monkeypatch, tmp_path, tokeniz
     with pytest.raises(ValueError, match="tokenizer='slow' .* without a fast implementation"):
         load_tokenizer("slow")
 
-    no_boundaries = types.SimpleNamespace(
-        is_fast=True, bos_token=None, eos_token=None, cls_token=None, sep_token=None
-    )
+    no_boundaries = types.SimpleNamespace(is_fast=True, bos_token=None, eos_token=None, cls_token=None, sep_token=None)
     monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", lambda name: no_boundaries)
     with pytest.raises(ValueError, match="tokenizer='bare' has neither a BOS, EOS, CLS nor SEP"):
         load_tokenizer("bare")

@@ -12,7 +12,7 @@ from bd3lm_hf.modeling.diffusion_bd3lm import NOISE_SCHEDULES, subs_log_probs
 ATOL = 1e-4
 TWO_STREAM = ("bd3lm_block1", "bd3lm_block4", "bd3lm_block8_no_adaln", "bd3lm_block16_time_conditioned")
 # Every shape that FlexAttention meets is compiled anew, for many seconds: one checkpoint goes through the compiled
-# kernel, the others through the same block mask uncompiled.
+# kernel, and what meets many shapes, or other checkpoints, through the same mask function uncompiled.
 COMPILED = "bd3lm_block4"
 
 
@@ -25,8 +25,8 @@ def attn_implementation(request):
 def load(shared_dir, attn_implementation, request):
     """Function folder name -> (model in eval mode, expected tensors)."""
 
-    def load_folder(name):
-        if attn_implementation == "flex_attention" and name != COMPILED:
+    def load_folder(name, compiled=COMPILED):
+        if attn_implementation == "flex_attention" and name != compiled:
             request.getfixturevalue("uncompiled_flex_attention")
         folder = shared_dir / "parity" / name
         model = BD3LMForMaskedLM.from_pretrained(folder, attn_implementation=attn_implementation)
@@ -44,9 +44,7 @@ def assert_near(actual, expected):
 @torch.no_grad()
 def test_two_stream_logits(load, name):
     model, expected = load(name)
-    logits = model(
-        input_ids=expected["xt"], clean_input_ids=expected["x0"], timesteps=expected["timesteps"]
-    ).logits
+    logits = model(input_ids=expected["xt"], clean_input_ids=expected["x0"], timesteps=expected["timesteps"]).logits
     assert_near(logits, expected["logits"])
 
 
@@ -75,7 +73,7 @@ def test_block_causal_logits(load, name):
 @pytest.mark.parametrize("name", TWO_STREAM)
 @torch.no_grad()
 def test_cached_logits_past_the_window(load, name):
-    model, expected = load(name)
+    model, expected = load(name, compiled=None)
     size = model.config.block_size
     assert expected["cached_clean"].shape[1] > model.config.max_position_embeddings
     cache, logits = DynamicCache(), []
@@ -93,9 +91,7 @@ def test_cached_logits_past_the_window(load, name):
 @pytest.mark.parametrize("name", TWO_STREAM)
 @torch.no_grad()
 def test_merged_commit_and_denoise_pass_past_the_window(load, name):
-    model, expected = load(name)
-    if model.config.attn_implementation == "flex_attention" and name == COMPILED:
-        pytest.skip("the compiled kernel is covered by the separate passes")
+    model, expected = load(name, compiled=None)
     size = model.config.block_size
     noised = expected["cached_noised"].split(size, dim=1)
     clean = expected["cached_clean"].split(size, dim=1)
@@ -127,12 +123,11 @@ def test_log_probs_and_nelbo_per_token(shared_dir, name):
     assert_near(weight * -log_probs, expected["nelbo_per_token"])
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ("bd3lm_block1", "bd3lm_block4", "bd3lm_block8_no_adaln", "mdlm"))
 def test_nelbo_of_the_training_pass(load, chosen_draws, name):
     # Without time conditioning sigma is 0, whatever t is: then the training pass meets the file's own numbers.
     model, expected = load(name)
-    if model.config._attn_implementation == "flex_attention":
-        pytest.skip("has no backward pass on CPU, and the forward pass is covered above")
     model.config.ignore_bos = False
     size = model.config.block_size
     chosen_draws(expected["t"][:, ::size], expected["xt"] == model.config.mask_token_id)

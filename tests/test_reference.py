@@ -252,15 +252,18 @@ def test_loss_and_gradient_of_every_parameter(block_size, kind, attn_implementat
     assert_loss_and_gradients(model, x_0, make_labels(x_0, told), told, full, recorded_draws)
 
 
-@pytest.mark.parametrize("overrides", [
-    {"adaln": False},
-    {"time_conditioning": True},
-    {"time_conditioning": True, "block_size": 1},
-    {"ignore_bos": False},
-    {"max_position_embeddings": 8},
-    {"num_hidden_layers": 1},
-    *({"noise_schedule": name} for name in ("square", "square_root", "log", "cosine")),
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"adaln": False},
+        {"time_conditioning": True},
+        {"time_conditioning": True, "block_size": 1},
+        {"ignore_bos": False},
+        {"max_position_embeddings": 8},
+        {"num_hidden_layers": 1},
+        *({"noise_schedule": name} for name in ("square", "square_root", "log", "cosine")),
+    ],
+)
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_loss_and_gradients_of_every_option(overrides, attn_implementation, recorded_draws):
     model = random_model(10, attn_implementation, **{"noise_interval": (0.1, 0.9), **overrides})
