@@ -61,9 +61,12 @@ RESAVING_RECIPE = """\
     import torch
     from omegaconf import OmegaConf
     checkpoint = torch.load("old.ckpt", map_location="cpu", weights_only=False)
-    config = OmegaConf.to_container(checkpoint["hyper_parameters"]["config"])
+    config = checkpoint["hyper_parameters"]["config"]
+    keys = ("algo", "block_size", "model", "noise", "parameterization", "time_conditioning", "training")
+    config = OmegaConf.masked_copy(config, [key for key in keys if key in config])
     kept = {key: checkpoint[key] for key in ("state_dict", "ema") if key in checkpoint}
-    torch.save({**kept, "hyper_parameters": {"config": config}}, "new.ckpt")"""
+    kept["hyper_parameters"] = {"config": OmegaConf.to_container(config, resolve=True)}
+    torch.save(kept, "new.ckpt")"""
 
 
 class SplitQueryKeyValue(Chunk):
@@ -223,7 +226,7 @@ def convert_checkpoint(
         "block_size": block_size,
         "max_position_embeddings": max_position_embeddings,
     }
-    if source_path.suffix == ".ckpt":
+    if source_path.suffix == ".ckpt" and not source_path.is_dir():
         model = _load_lightning_checkpoint(source_path, use_ema, options)
     elif source_path.is_file():
         raise ValueError(f"`source` must be a folder, a repository id or a file *.ckpt, but got {str(source)!r}.")
@@ -296,11 +299,11 @@ def _read_pickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         raise ValueError(
-            f"`source` must be loadable by `torch.load(weights_only=True)`, but {str(path)!r} holds objects whose "
-            f"loading can run any code: {', '.join(unsafe) or error}. Nothing of the kind is allowed here. If you "
-            "trust the file, write its weights and its configuration as plain data where the training code is "
-            "installed:\n\n"
-            f"{RESAVING_RECIPE}\n\nor without `hyper_parameters`, and give the sizes as options."
+            f"`source` must be loadable by `torch.load(weights_only=True)`, but {str(path)!r} holds objects that this "
+            f"refuses, because loading them may run any code: {', '.join(sorted(unsafe)) or error}. No exception is "
+            "made for any of them. If you trust the file, write its weights and its configuration as plain data where "
+            f"the training code is installed:\n\n{RESAVING_RECIPE}\n\nWithout its configuration, give "
+            "`max_position_embeddings` and `block_size`."
         ) from error
 
 

@@ -229,7 +229,7 @@ class ChunkedPattern:
 
 class TiledAttention(torch.autograd.Function):
     """
-    Softmax attention over the tiles of each chunk with torch's own CPU kernel, which SDPA calls as well.
+    Softmax attention over the tiles of each chunk, with the CPU kernel that torch's SDPA calls as well.
 
     The kernel returns the log-normalizer of its tile, so that a query's tiles are merged exactly and no keys are copied
     (arXiv 2205.14135, Sec. 3.1). Given the merged output and normalizer, its backward pass yields each tile's share of

@@ -93,6 +93,26 @@ class BD3LMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._validate_choices()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BD3LMConfig":
+        """
+        As `PreTrainedConfig.from_dict`, the arguments being checked like those of the constructor.
+
+        Raises:
+            ValueError: `block_size` is another than the checkpoint was trained for, or a field breaks its rule.
+        """
+        trained, wanted = config_dict.get("block_size"), kwargs.get("block_size")
+        if trained is not None and wanted is not None and wanted != trained:
+            raise ValueError(
+                f"`block_size` must be {trained}, which this checkpoint was trained for, but got {wanted}. To train it "
+                "further with other blocks, set `model.config.block_size` after loading."
+            )
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config._validate_sizes()
+        config._validate_choices()
+        return result
+
     def _read_published_fields(self, kwargs: dict[str, Any]) -> None:
         self._is_published_format = "hidden_dim" in kwargs
         for published, field in PUBLISHED_FIELDS.items():
@@ -103,16 +123,18 @@ class BD3LMConfig(PreTrainedConfig):
                 "`causal` is true: this is the published autoregressive baseline, which is no diffusion model. "
                 "`causal` must be false; a BD3-LM of `block_size` 1 is the autoregressive model of this package."
             )
-        if not kwargs.pop("cross_attn", True):
+        # "mdlm" checkpoints are older than `cross_attn` and `block_size`.
+        if not kwargs.pop("cross_attn", kwargs.get("model_type") != "mdlm"):
             self.block_size = self.max_position_embeddings
         if "sampling_eps_min" in kwargs or "sampling_eps_max" in kwargs:
             self.noise_interval = (kwargs.pop("sampling_eps_min", 1e-3), kwargs.pop("sampling_eps_max", 1.0))
-        validate_noise_interval(self.noise_interval)
         self.noise_interval = tuple(self.noise_interval)
         # Of the training run or of its machine; nothing here depends on them.
         for unused in ("attn_backend", "var_min"):
             kwargs.pop(unused, None)
         if self._is_published_format:
+            # The published models return tuples unless asked otherwise, and say so in their `config.json`.
+            self.return_dict = True
             # The remote code of a published repository is what no longer loads.
             kwargs.pop("auto_map", None)
             self.architectures = None
@@ -183,6 +205,7 @@ class BD3LMConfig(PreTrainedConfig):
         self._require(
             self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
         )
+        validate_noise_interval(self.noise_interval)
 
 
 def validate_noise_interval(noise_interval: tuple[float, float]) -> None:

@@ -51,7 +51,10 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> "BD3LMGenerationConfig":
-        return cls.from_generation_config(GenerationConfig.from_model_config(model_config))
+        generation_config = cls.from_generation_config(GenerationConfig.from_model_config(model_config))
+        # Under this flag Transformers drops the fields that it does not know when it loads the config again.
+        generation_config._from_model_config = False
+        return generation_config
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> "BD3LMGenerationConfig":
@@ -152,8 +155,6 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
        streamer.
     4. Cut the rows where they ended.
     """
-
-    generation_config_class = BD3LMGenerationConfig
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)

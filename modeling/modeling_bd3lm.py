@@ -11,7 +11,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_bd3lm import (
@@ -31,7 +32,7 @@ from .diffusion_bd3lm import (
     sigma_from_mask_probability,
     subs_loss,
 )
-from .generation_bd3lm import BlockDiffusionGenerationMixin
+from .generation_bd3lm import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
 
 
 @dataclass
@@ -336,7 +337,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         use_cache: bool | None = None,
         document_ids: torch.LongTensor | None = None,
         layout: TwoStreamLayout | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
         A denoising pass over `input_ids`, or with `clean_input_ids` the two-stream pass over [input_ids ;
@@ -545,6 +546,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
 class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
     """A block diffusion language model: the transformer and its output projection."""
 
+    generation_config_class = BD3LMGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -569,7 +571,7 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         noise_interval: tuple[float, float] | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BD3LMOutput:
         """
         Scores of the token *at* each position, or with `labels` the block diffusion loss.
