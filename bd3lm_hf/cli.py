@@ -46,6 +46,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
+# Arguments of `load_documents`, which owns their defaults.
+SOURCE_OPTIONS = ("split", "text_column", "dataset_config")
+
+
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
@@ -67,17 +71,19 @@ class DataArguments:
         default=None, metadata={"help": "Train on at most this many bytes of text (drawn document by document)."}
     )
     max_eval_sequences: int = field(
-        default=256, metadata={"help": "Evaluate on at most this many held-out sequences."}
+        default=256, metadata={"help": "Evaluate on at most this many held-out sequences, drawn at random."}
     )
-    num_draws: int = field(
-        default=4, metadata={"help": "Draws of the noise that the likelihood of held-out text is averaged over."}
+    num_draws: int | None = field(
+        default=None, metadata={"help": "Draws of the noise that a likelihood is averaged over. (default: 4)"}
     )
-    split: str = field(default="train", metadata={"help": "The split of a Hub dataset, e.g. 'train[:10%%]'."})
+    split: str | None = field(
+        default=None, metadata={"help": "The split of a Hub dataset, e.g. 'train[:10%%]'. (default: train)"}
+    )
     dataset_config: str | None = field(
         default=None, metadata={"help": "The configuration of a Hub dataset that has several."}
     )
-    text_column: str = field(
-        default="text", metadata={"help": "The column of a Hub dataset or table that holds the text."}
+    text_column: str | None = field(
+        default=None, metadata={"help": "The column of a Hub dataset or table that holds the text. (default: text)"}
     )
     tokenizer: str | None = field(
         default=None,
@@ -113,6 +119,7 @@ class ModelArguments:
     adaln: bool | None = _config_field("Modulate the layers by the noise level.")
     time_conditioning: bool | None = _config_field("Feed the noise level to the modulation.")
     tie_word_embeddings: bool | None = _config_field("Share the embedding matrix with the output projection.")
+    initializer_range: float | None = _config_field("Standard deviation of the initial weights.")
     max_position_embeddings: int | None = field(
         default=None, metadata={"help": "Context in tokens. (default: --length, or else BD3LMConfig's)"}
     )
@@ -228,7 +235,10 @@ def train_arguments(argv: Sequence[str]) -> tuple:
         dataclass_types=[DataArguments, ModelArguments, TrainingArguments],
         usage="bd3lm train --data DATA [...]",
     )
-    parser.set_defaults(**TRAINING_DEFAULTS, bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    on_gpu = torch.cuda.is_available()
+    parser.set_defaults(
+        **TRAINING_DEFAULTS, bf16=on_gpu and torch.cuda.is_bf16_supported(), dataloader_pin_memory=on_gpu
+    )
     return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[:3]
 
 
@@ -259,7 +269,7 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
     model = _load_or_create_model(data_args, model_args, tokenizer)
     check_tokenizer(tokenizer, model.config)
     with training_args.main_process_first(desc="packing the data"):
-        train_set, held_out_set = _pack(splits, tokenizer, data_args, model.config)
+        train_set, held_out_set = _pack(splits, tokenizer, data_args, model.config, training_args.seed)
 
     is_main = training_args.process_index == 0
     if is_main:
@@ -274,10 +284,10 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
             model.to(training_args.device),
             held_out_set["input_ids"],
             batch_size=training_args.per_device_eval_batch_size,
-            num_draws=data_args.num_draws,
             seed=training_args.seed,
             num_bytes=sum(held_out_set["num_bytes"]),
             progress=is_main,
+            **_given(data_args, ["num_draws"]),
         )
         if is_main:
             print(f"{name}: {describe(likelihood)}")
@@ -347,7 +357,7 @@ def _load_splits(data_args: DataArguments, seed: int):
 
     from .data import limit_bytes, load_documents, split_documents
 
-    options = {name: getattr(data_args, name) for name in ("split", "text_column", "dataset_config")}
+    options = _given(data_args, SOURCE_OPTIONS)
     documents = load_documents(data_args.data, **options)
     if data_args.eval_data is None:
         splits = split_documents(documents, data_args.held_out_fraction, seed)
@@ -378,7 +388,13 @@ def _load_or_create_model(data_args, model_args, tokenizer):
                 f"--{fixed[0]} cannot change what --model={model_args.model!r} was made with; with --model the "
                 f"configuration takes only {', '.join(ModelArguments.ADJUSTABLE)}"
             )
-        return BD3LMForMaskedLM.from_pretrained(model_args.model, **config_fields, **attention)
+        block_size = config_fields.pop("block_size", None)
+        model = BD3LMForMaskedLM.from_pretrained(model_args.model, **config_fields, **attention)
+        if block_size is not None:
+            # Loading insists on the checkpoint's own, which is what generating with it needs.
+            model.config.block_size = block_size
+            model.config.validate()
+        return model
     if data_args.length is not None:
         config_fields.setdefault("max_position_embeddings", data_args.length)
     config = BD3LMConfig(
@@ -393,18 +409,16 @@ def _load_or_create_model(data_args, model_args, tokenizer):
     return BD3LMForMaskedLM(config)
 
 
-def _pack(splits, tokenizer, data_args, config):
+def _pack(splits, tokenizer, data_args, config, seed):
     """The training sequences and the held-out ones."""
-    from .data import pack_documents
+    from .data import draw_sequences, pack_documents
 
     length = config.max_position_embeddings if data_args.length is None else data_args.length
     if length % config.block_size:
         raise ValueError(f"length={length} must be a multiple of block_size={config.block_size}")
-    if data_args.max_eval_sequences < 1:
-        raise ValueError(f"max_eval_sequences={data_args.max_eval_sequences} must be at least 1")
     train_set = pack_documents(splits["train"], tokenizer, length)
     held_out_set = pack_documents(splits["held_out"], tokenizer, length, drop_remainder=False)
-    return train_set, held_out_set.select(range(min(len(held_out_set), data_args.max_eval_sequences)))
+    return train_set, draw_sequences(held_out_set, data_args.max_eval_sequences, seed)
 
 
 EVALUATE_DESCRIPTION = """\
@@ -414,49 +428,42 @@ The text is cut into sequences of --length tokens; every token but the BOS in fr
 size 1 the figures are exact, otherwise an upper bound, estimated with --num_draws draws of the noise.
 
 examples:
-  bd3lm evaluate bd3lm-demo --data corpus.txt
-  bd3lm evaluate bd3lm-demo --data builtin --max_eval_sequences 100 --json likelihood.json
+  bd3lm evaluate bd3lm-demo --data corpus.txt --json likelihood.json
+  bd3lm evaluate my-model --data Salesforce/wikitext --dataset_config wikitext-103-raw-v1 --split test
   bd3lm evaluate kuleshov-group/bd3lm-owt-block_size4 --tokenizer gpt2 --data corpus.txt --num_draws 16"""
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """`bd3lm evaluate`."""
-    from .data import load_documents, pack_documents
+    from .data import draw_sequences, load_documents, pack_documents
     from .evaluation import evaluate_likelihood
 
-    shared = {item.name: item for item in fields(DataArguments)}
+    help_texts = {item.name: item.metadata["help"] for item in fields(DataArguments)}
     parser = _parser("evaluate", EVALUATE_DESCRIPTION)
     _add_model_arguments(parser)
-    parser.add_argument("--data", required=True, help=shared["data"].metadata["help"].replace("train on", "score"))
-    for name in ("split", "dataset_config", "text_column", "num_draws"):
-        item = shared[name]
-        parser.add_argument(
-            f"--{name}", type=type(item.default or ""), default=item.default, help=item.metadata["help"]
-        )
+    parser.add_argument("--data", required=True, help=help_texts["data"].replace("train on", "score"))
+    for name in SOURCE_OPTIONS:
+        parser.add_argument(f"--{name}", help=help_texts[name])
     parser.add_argument("--length", type=int, help="Tokens per sequence. (default: the model's context)")
-    parser.add_argument("--max_eval_sequences", type=int, help="Score only this many sequences. (default: all)")
-    parser.add_argument("--batch_size", type=int, default=8, help="Sequences per forward pass.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
+    parser.add_argument("--max_eval_sequences", type=int, help="Score this many sequences. (default: all)")
+    parser.add_argument("--num_draws", type=int, help=help_texts["num_draws"])
+    parser.add_argument("--batch_size", type=int, help="Sequences per forward pass. (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise, and of drawing sequences.")
     parser.add_argument("--json", metavar="FILE", help="Write the figures to this file as well.")
     args = parser.parse_args(argv)
 
     model, tokenizer = _load(args)
-    documents = load_documents(
-        args.data, split=args.split, text_column=args.text_column, dataset_config=args.dataset_config
-    )
+    documents = load_documents(args.data, **_given(args, SOURCE_OPTIONS))
     length = model.config.max_position_embeddings if args.length is None else args.length
     sequences = pack_documents(documents, tokenizer, length, drop_remainder=False)
     if args.max_eval_sequences is not None:
-        if args.max_eval_sequences < 1:
-            raise ValueError(f"max_eval_sequences={args.max_eval_sequences} must be at least 1")
-        sequences = sequences.select(range(min(len(sequences), args.max_eval_sequences)))
+        sequences = draw_sequences(sequences, args.max_eval_sequences, args.seed)
     likelihood = evaluate_likelihood(
         model,
         sequences["input_ids"],
-        batch_size=args.batch_size,
-        num_draws=args.num_draws,
         seed=args.seed,
         num_bytes=sum(sequences["num_bytes"]),
+        **_given(args, ["batch_size", "num_draws"]),
     )
     print(describe(likelihood))
     if args.json:

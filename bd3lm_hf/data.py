@@ -103,7 +103,7 @@ def _require_text(documents: Dataset, name: str) -> Dataset:
     return documents
 
 
-def split_documents(documents: Dataset, held_out_fraction: float = 0.1, seed: int = 0) -> DatasetDict:
+def split_documents(documents: Dataset, held_out_fraction: float, seed: int = 0) -> DatasetDict:
     """
     Set text aside for evaluation.
 
@@ -300,6 +300,22 @@ def pack_documents(
             else "the corpus holds no text"
         )
     return sequences.with_format(None)
+
+
+def draw_sequences(sequences: Dataset, num_sequences: int, seed: int = 0) -> Dataset:
+    """
+    A random sample of `num_sequences` sequences, or all of them if there are no more.
+
+    The first ones would come from a few documents only, and stand badly for the others.
+
+    Raises:
+        ValueError: if `num_sequences` is not positive.
+    """
+    if num_sequences < 1:
+        raise ValueError(f"num_sequences={num_sequences} must be at least 1")
+    if num_sequences >= len(sequences):
+        return sequences
+    return sequences.shuffle(seed=seed).select(range(num_sequences))
 
 
 def _tokenize_batch(batch, tokenizer):

@@ -13,16 +13,13 @@ since the stride makes the span between two documents larger than any window. Pa
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_torch_flex_attn_available
-
-
-if is_torch_flex_attn_available():
-    from torch.nn.attention.flex_attention import create_block_mask
 
 
 # Documents lie further apart than any number of blocks.
@@ -130,13 +127,38 @@ def eager_attention_forward(
     return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
 
 
-def flex_block_mask(mask_function: Callable, num_queries: int, num_keys: int, device: torch.device, batch: int | None):
+def flex_block_mask(mask_function: Callable, query_code: torch.Tensor, key_code: torch.Tensor) -> BlockMask:
     """
-    FlexAttention's BlockMask of `mask_function(batch, head, query, key)`; compiled on an accelerator, where it pays.
+    FlexAttention's mask of `mask_function(query code, key code, query index, key index)`.
+
+    Codes are [batch, queries] and [batch, keys]. It is compiled on an accelerator, where that pays.
     """
+
+    batch_size = max(query_code.shape[0], key_code.shape[0])
+    query_code, key_code = query_code.expand(batch_size, -1), key_code.expand(batch_size, -1)
+
+    def indexed(batch, head, query, key):
+        row = batch if batch_size > 1 else 0
+        return mask_function(query_code[row, query], key_code[row, key], query, key)
+
+    num_queries, num_keys, device = query_code.shape[1], key_code.shape[1], query_code.device
     return create_block_mask(
-        mask_function, batch, None, num_queries, num_keys, device=device, _compile=device.type != "cpu"
+        indexed, batch_size, None, num_queries, num_keys, device=device, _compile=device.type != "cpu"
     )
+
+
+@lru_cache(maxsize=1)
+def compiled_flex_attention() -> Callable:
+    """FlexAttention compiled for each shape by itself: with symbolic shapes torch's CPU template does not compile."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scaling: float
+) -> tuple[torch.Tensor, None]:
+    """[batch, heads, length, head_dim] -> [batch, length, heads, head_dim]."""
+    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    return attend(query, key, value, block_mask=mask, scale=scaling).transpose(1, 2).contiguous(), None
 
 
 @dataclass
@@ -153,8 +175,11 @@ class DensePattern:
 
     def __call__(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
         implementation = self.implementation
-        if self.mask is not None and "flash" in implementation:
-            # The flash kernels know no block-causal rule; SDPA computes the same.
+        if isinstance(self.mask, BlockMask):
+            return flex_attention_forward(module, query, key, value, self.mask, module.scaling)
+        if implementation == "flex_attention" or (self.mask is not None and "flash" in implementation):
+            # Without a mask there is nothing to be sparse about, and the flash kernels know no block-causal rule: SDPA
+            # computes the same.
             implementation = "sdpa"
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention_function(
@@ -167,12 +192,7 @@ def denoising_pattern(
 ) -> DensePattern:
     """The attention of a denoising pass; codes [batch, queries] and [batch, keys]."""
     if implementation == "flex_attention":
-
-        def mask_function(batch, head, query, key):
-            return sees(query_code[batch, query], key_code[batch, key], 0, window)
-
-        (batch, num_queries), num_keys = query_code.shape, key_code.shape[1]
-        mask = flex_block_mask(mask_function, num_queries, num_keys, query_code.device, batch)
+        mask = flex_block_mask(lambda query, key, *_: sees(query, key, 0, window), query_code, key_code)
     else:
         mask = sees(query_code[:, None, :, None], key_code[:, None, None, :], 0, window)
     return DensePattern(implementation, mask)
@@ -211,6 +231,8 @@ class ChunkedPattern:
 
     chunks: list[QueryChunk]
 
+    # Its shapes follow the noise: torch.compile would start anew at every step, and fails on some of them.
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
         if query.device.type == "cpu":
             return TiledAttention.apply(query, key, value, self.chunks, module.scaling).transpose(1, 2), None
@@ -231,9 +253,9 @@ class TiledAttention(torch.autograd.Function):
     """
     Softmax attention over the tiles of each chunk, with the CPU kernel that torch's SDPA calls as well.
 
-    The kernel returns the log-normalizer of its tile, so that a query's tiles are merged exactly and no keys are copied
-    (arXiv 2205.14135, Sec. 3.1). Given the merged output and normalizer, its backward pass yields each tile's share of
-    the gradient.
+    The kernel returns the log-normalizer of its tile, so that a query's tiles are merged exactly and no keys are
+    copied (arXiv 2205.14135, Sec. 3.1). Given the merged output and normalizer, its backward pass yields each tile's
+    share of the gradient.
     """
 
     @staticmethod
@@ -401,17 +423,14 @@ class TwoStreamLayout:
             self.window,
         )
 
-    def _block_mask(self, last_layer: bool) -> object:
+    def _block_mask(self, last_layer: bool) -> BlockMask:
         query_code, key_code = self._query_code(last_layer), self._query_code(last_layer=False)
         num_noisy, window = self.num_noisy, self.window
 
-        def mask_function(batch, head, query, key):
-            return two_stream_sees(
-                query_code[batch, query], query < num_noisy, key_code[batch, key], key < num_noisy, window
-            )
+        def mask_function(query_code, key_code, query, key):
+            return two_stream_sees(query_code, query < num_noisy, key_code, key < num_noisy, window)
 
-        (batch, num_queries), num_keys = query_code.shape, key_code.shape[1]
-        return flex_block_mask(mask_function, num_queries, num_keys, query_code.device, batch)
+        return flex_block_mask(mask_function, query_code, key_code)
 
     def _chunks(self, last_layer: bool) -> list[QueryChunk]:
         chunks = self._noisy_chunks(self.queries if last_layer else None)

@@ -104,7 +104,8 @@ class BD3LMConfig(PreTrainedConfig):
         trained, wanted = config_dict.get("block_size"), kwargs.get("block_size")
         if trained is not None and wanted is not None and wanted != trained:
             raise ValueError(
-                f"`block_size` must be {trained}, which this checkpoint was trained for, but got {wanted}. To train it "
+                f"`block_size` must be {trained}, which this checkpoint was trained for, but got {wanted}. To train "
+                "it "
                 "further with other blocks, set `model.config.block_size` after loading."
             )
         result = super().from_dict(config_dict, **kwargs)

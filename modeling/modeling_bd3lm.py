@@ -97,6 +97,13 @@ class BD3LMNoiseEmbedding(nn.Module):
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
 
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A projection that starts at zero: every branch closed, every token equally likely, as in the published code."""
+    linear = nn.Linear(in_features, out_features)
+    linear.starts_at_zero = True
+    return linear
+
+
 def rotary_embedding(config: BD3LMConfig, position_ids: torch.Tensor, dtype: torch.dtype):
     """
     Cosines and sines of the rotary embedding (arXiv 2104.09864), halves paired as in GPT-NeoX.
@@ -201,7 +208,7 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = BD3LMMLP(config)
         if config.adaln:
-            self.adaln_modulation = nn.Linear(config.cond_dim, 6 * config.hidden_size)
+            self.adaln_modulation = zero_linear(config.cond_dim, 6 * config.hidden_size)
 
     def forward(
         self,
@@ -268,13 +275,11 @@ class BD3LMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # Every branch starts closed, and every token equally likely, as in the published code.
-        if isinstance(module, (BD3LMDecoderLayer, BD3LMModel)) and self.config.adaln:
-            init.zeros_(module.adaln_modulation.weight)
-            init.zeros_(module.adaln_modulation.bias)
-        elif isinstance(module, BD3LMForMaskedLM) and not self.config.tie_word_embeddings:
-            init.zeros_(module.lm_head.weight)
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
@@ -320,7 +325,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         self.layers = nn.ModuleList([BD3LMDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
         if config.adaln:
-            self.adaln_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size)
+            self.adaln_modulation = zero_linear(config.cond_dim, 2 * config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -447,7 +452,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 f"but got {list(document_ids.shape)}."
             )
         if position_ids is not None:
-            if document_ids is None and attention_mask is None:
+            if document_ids is None:
                 document_ids = documents_from_positions(position_ids)
         elif document_ids is not None:
             first = torch.where(block_starts(document_ids), columns, 0).cummax(-1).values
@@ -553,7 +558,9 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
     def __init__(self, config: BD3LMConfig):
         super().__init__(config)
         self.model = BD3LMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        # Tied to the embeddings, the projection starts as they do.
+        make_linear = nn.Linear if config.tie_word_embeddings else zero_linear
+        self.lm_head = make_linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -653,10 +660,11 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             predicted = predicted & (attention_mask != 0)
         if config.ignore_bos:
             predicted = predicted & (position_ids != 0)
-        if (predicted & (labels == config.mask_token_id)).any():
+        is_mask_token = (labels == config.mask_token_id) | (input_ids == config.mask_token_id)
+        if (predicted & is_mask_token).any():
             raise ValueError(
-                f"`labels` must not hold the mask token ({config.mask_token_id}): it has probability 0. Set them to "
-                "-100 there."
+                f"`labels` must not hold the mask token ({config.mask_token_id}), nor `input_ids` where a label is "
+                "given: a clean token is never masked. Set the label to -100 there."
             )
 
         if noise_interval is None:
@@ -687,7 +695,7 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             layout=layout,
             **kwargs,
         )
-        denominator = predicted.sum() if num_items_in_batch is None else num_items_in_batch
+        denominator = predicted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         weights = loss_weight[masked]
         loss, nats = subs_loss(
             outputs.last_hidden_state[is_prediction], labels[masked], weights, self.lm_head, config.mask_token_id

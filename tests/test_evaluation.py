@@ -1,4 +1,4 @@
-"""The reported likelihood is the model's, its error bars mean what they say, and nothing of the caller's is touched."""
+"""The reported likelihood is the model's, its error bars mean what they say, and the caller's state is untouched."""
 
 import itertools
 import json
@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 
 from bd3lm_hf.evaluation import Likelihood, evaluate_likelihood, unigram_perplexity
-
-from conftest import random_model
 
 
 def random_sequences(num_sequences, length, vocab_size=22, seed=0):

@@ -6,7 +6,9 @@ import pytest
 import reference
 import torch
 from conftest import random_model
+from transformers import DynamicCache, StaticCache
 
+from bd3lm_hf import CommitCache
 from bd3lm_hf.modeling import attention_bd3lm
 
 
@@ -171,6 +173,30 @@ def test_other_sizes_of_the_network(overrides, attn_implementation):
     x_0, x_t = random_ids(model, 18)
     expected = reference.two_stream_logits(model.state_dict(), model.config, x_t, x_0)
     assert_logits(model, model(input_ids=x_t, clean_input_ids=x_0).logits, expected, {})
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_cached_logits_of_left_padded_rows_past_the_window(kind, attn_implementation):
+    # Rows of 12, 8 and 4 tokens end at the same column, so that every row is at a border between blocks; with W = 3
+    # the shortest row slides its window last.
+    size, width, length = 4, 12, 32
+    model = random_model(15, attn_implementation, block_size=size, max_position_embeddings=16)
+    x_0, x_t = random_ids(model, length)
+    mask = (torch.arange(length) >= torch.tensor([[0], [4], [8]])).long()
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=length + size)
+    model(input_ids=x_0[:, :width], attention_mask=mask[:, :width], past_key_values=cache)
+    for start in range(width, length, size):
+        end = start + size
+        noised = x_t[:, start:end]
+        actual = model(input_ids=noised, attention_mask=mask[:, :end], past_key_values=CommitCache(cache, 0)).logits
+        text = torch.cat([x_0[:, :start], noised], dim=1)
+        expected = reference.denoising_logits(model.state_dict(), model.config, text, attention_mask=mask[:, :end])[
+            :, start:
+        ]
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=LOGITS_ATOL)
+        model(input_ids=x_0[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        assert int(cache.get_seq_length()) == end
 
 
 def test_compiled_flex_attention():
@@ -345,3 +371,31 @@ def test_a_draw_that_masks_nothing_has_no_loss_and_no_gradient(chosen_draws):
     assert output.loss.item() == 0 and not output.nelbo.any()
     output.loss.backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_training_under_flex_attention_on_a_cpu_is_refused(uncompiled_flex_attention):
+    model = random_model(12, "flex_attention").train()
+    x_0, _ = random_ids(model, 18)
+    with pytest.raises(ValueError, match=r"`attn_implementation` is 'flex_attention'.*no backward.*'sdpa'"):
+        model(input_ids=x_0, labels=x_0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "one of `input_ids` and `inputs_embeds`"),
+        ({"input_ids": (1, 8), "inputs_embeds": (1, 8, 32)}, "one of `input_ids` and `inputs_embeds`"),
+        ({"input_ids": (1, 8), "attention_mask": (1, 7)}, r"`attention_mask`.*\[1, 8\].*\[1, 7\]"),
+        ({"input_ids": (1, 8), "clean_input_ids": (1, 7)}, r"`clean_input_ids`.*\[1, 8\].*\[1, 7\]"),
+        ({"input_ids": (1, 8), "document_ids": (1, 7)}, r"`document_ids`.*\[1, 8\].*\[1, 7\]"),
+        ({"clean_input_ids": (1, 8), "inputs_embeds": (1, 8, 32)}, "`clean_input_ids`.*`input_ids`"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    model = random_model(0)
+    arguments = {
+        name: torch.ones(shape, dtype=torch.float if name == "inputs_embeds" else torch.long)
+        for name, shape in arguments.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)

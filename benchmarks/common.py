@@ -1,0 +1,126 @@
+"""What the benchmarks share: the sizes, the models, fair timing, and the table."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+
+
+@dataclass(frozen=True)
+class Size:
+    """One of the two sizes that the benchmarks are run at."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int
+    length: int
+    batch_size: int
+
+
+SIZES = {"small": Size(384, 6, 6, 8192, 512, 4), "large": Size(768, 12, 12, 50258, 1024, 1)}
+BLOCK_SIZE = 4
+
+
+def make_bd3lm(size: Size) -> BD3LMForMaskedLM:
+    """A BD3-LM without dropout; its closed gates are opened a little, so that no branch is trivially zero."""
+    torch.manual_seed(0)
+    config = BD3LMConfig(
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        max_position_embeddings=size.length,
+        block_size=BLOCK_SIZE,
+        hidden_dropout=0.0,
+    )
+    model = BD3LMForMaskedLM(config)
+    for name, parameter in model.named_parameters():
+        if "adaln" in name or "lm_head" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def make_gpt2(size: Size) -> GPT2LMHeadModel:
+    """Transformers' GPT-2 of the same width, depth and vocabulary, without dropout."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=size.vocab_size,
+        n_positions=size.length,
+        n_embd=size.hidden_size,
+        n_layer=size.num_layers,
+        n_head=size.num_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def interleaved_medians(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """
+    Median seconds of each step, all of them run in turn, so that a busy machine is busy for all; one warm-up each.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+        print(f"  round {repeat}/{repeats}", file=sys.stderr)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def peak_memory_mib(module: str, *arguments: str) -> float:
+    """
+    Peak resident memory of a fresh process that runs one step of a benchmark, less that of importing the packages.
+    """
+
+    def measure(*extra: str) -> float:
+        command = [sys.executable, "-m", module, *arguments, *extra]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+    return measure("--memory-of-one-step") - measure("--memory-of-imports")
+
+
+def print_own_peak_memory() -> None:
+    """For the fresh process of `peak_memory_mib`: its peak resident memory in MiB."""
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def machine() -> str:
+    """The machine named by its kind, and the versions that matter."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return (
+        f"{torch.get_num_threads()} threads of {model}, float32, torch {torch.__version__.split('+')[0]}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table on standard output."""
+    print("| " + " | ".join(header) + " |")
+    print("|" + " --- |" * len(header))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)

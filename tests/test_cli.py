@@ -1,0 +1,323 @@
+"""The command `bd3lm`, called as a user calls it."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
+from bd3lm_hf.cli import COMMANDS, main, train_arguments
+from bd3lm_hf.demo import run_demo
+
+
+TINY_MODEL = [
+    *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--cond_dim", "16"),
+    *("--hidden_dropout", "0", "--block_size", "4", "--length", "32"),
+]
+QUICK = ["--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A text that is easy to predict from context: counting, over and over."""
+    path = tmp_path_factory.mktemp("corpus") / "counting.txt"
+    path.write_text("zero one two three four five six seven eight nine\n" * 400, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """The folder that a short `bd3lm train` leaves, which also evaluates on the first lines of the corpus."""
+    folder = tmp_path_factory.mktemp("trained")
+    held_out = folder / "held_out.txt"
+    held_out.write_text("".join(corpus.read_text().splitlines(keepends=True)[:20]))
+    arguments = ["--data", corpus, "--eval_data", held_out, "--vocab_size", "300", "--output_dir", folder / "model"]
+    steps = ["--max_steps", "60", "--save_steps", "40", "--seed", "3", "--num_draws", "8"]
+    assert main(["train", *map(str, arguments), *TINY_MODEL, *QUICK, *steps]) == 0
+    return folder / "model"
+
+
+def error_of(argv, capsys):
+    """The one line that a command which must fail leaves on stderr."""
+    assert main([str(argument) for argument in argv]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"bd3lm {argv[0]}: error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+# help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: bd3lm {command}" in text
+    assert "--traceback" in text
+    if command != "demo":
+        assert f"examples:\n  bd3lm {command} " in text
+
+
+def test_the_installed_command_lists_its_commands():
+    result = subprocess.run([sys.executable, "-m", "bd3lm_hf.cli", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0
+    for command in COMMANDS:
+        assert f"  bd3lm {command} " in result.stdout
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["sing"])
+    assert exit_info.value.code == 2
+    assert "invalid choice: 'sing'" in capsys.readouterr().err
+
+
+# train
+
+
+def test_training_improves_the_perplexity_of_held_out_text(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["after"]["perplexity"] < 0.5 * metrics["before"]["perplexity"]
+    assert metrics["after"]["perplexity"] < 0.9 * metrics["unigram_perplexity"]
+    # A new model finds every token but the mask token equally likely.
+    uniform = math.log(BD3LMConfig.from_pretrained(trained).vocab_size - 1)
+    before = metrics["before"]
+    assert before["nelbo"] == pytest.approx(uniform, abs=4 * before["draw_standard_error"])
+    assert before["draw_standard_error"] < 0.2 * uniform
+    assert metrics["train"]["epoch"] > 0
+
+
+def test_training_saves_model_tokenizer_and_metrics(trained):
+    model = BD3LMForMaskedLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.mask_token_id == tokenizer.mask_token_id
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert (model.config.block_size, model.config.max_position_embeddings) == (4, 32)
+    results = json.loads((trained / "all_results.json").read_text())
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert results["eval_perplexity"] == metrics["after"]["perplexity"]
+    assert results["train_loss"] == metrics["train"]["train_loss"]
+    assert (trained / "modeling_bd3lm.py").is_file()
+
+
+def test_resuming_goes_on_from_the_last_checkpoint(trained, corpus, tmp_path):
+    def train(output_dir, *flags):
+        arguments = ["train", "--data", str(corpus), "--vocab_size", "300", "--output_dir", str(output_dir)]
+        # The steps before the interruption must not know how many were to come.
+        constant = ["--lr_scheduler_type", "constant", "--save_steps", "2"]
+        return main([*arguments, *TINY_MODEL, *QUICK, *constant, *flags])
+
+    assert train(tmp_path / "straight", "--max_steps", "4") == 0
+    assert train(tmp_path / "resumed", "--max_steps", "2") == 0
+    assert train(tmp_path / "resumed", "--max_steps", "4", "--resume_from_checkpoint", "last") == 0
+    state = json.loads((tmp_path / "resumed" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed"))
+    for name, weight in straight.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_a_checkpoint_can_be_trained_on_with_another_block_size(trained, corpus, tmp_path):
+    flags = ["--block_size", "2", "--max_steps", "1", "--save_strategy", "no", "--max_eval_sequences", "4"]
+    arguments = ["--data", corpus, "--model", trained, "--output_dir", tmp_path]
+    assert main(["train", *map(str, arguments), *QUICK, *flags]) == 0
+    config = BD3LMConfig.from_pretrained(tmp_path)
+    assert (config.block_size, config.hidden_size) == (2, 32)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    # It starts from what the checkpoint had learnt, not from scratch.
+    assert metrics["before"]["perplexity"] < 0.5 * config.vocab_size
+
+
+def test_every_training_argument_reaches_the_trainer():
+    flags = ["--adam_beta2", "0.9", "--gradient_accumulation_steps", "3", "--noise_interval", "0.3", "0.8"]
+    data_args, model_args, training_args = train_arguments(["--data", "builtin", "--block_size", "8", *flags])
+    assert (training_args.adam_beta2, training_args.gradient_accumulation_steps) == (0.9, 3)
+    assert model_args.config_fields() == {"block_size": 8, "noise_interval": [0.3, 0.8]}
+    assert training_args.learning_rate == 3e-4
+    if not torch.cuda.is_available():
+        assert not training_args.bf16
+
+
+def test_training_mistakes_are_one_line(trained, corpus, tmp_path, capsys):
+    train = ["train", "--data", corpus, "--output_dir", tmp_path / "out"]
+    assert "'missing.txt' does not exist" in error_of(["train", "--data", "missing.txt"], capsys)
+    assert "length=30 must be a multiple of block_size=4" in error_of(
+        [*train, *TINY_MODEL, "--vocab_size", "300", "--length", "30"], capsys
+    )
+    assert "--hidden_size cannot change what --model=" in error_of(
+        [*train, "--model", trained, "--hidden_size", "64"], capsys
+    )
+    assert "there is no checkpoint in output_dir" in error_of([*train, "--resume_from_checkpoint", "last"], capsys)
+    assert "resume_from_checkpoint='elsewhere' is no folder" in error_of(
+        [*train, "--resume_from_checkpoint", "elsewhere"], capsys
+    )
+    assert "vocab_size=10 is too small" in error_of([*train, "--vocab_size", "10"], capsys)
+
+
+def test_a_tokenizer_of_another_model_is_refused(trained, corpus, shared_dir, tmp_path, capsys):
+    gpt2 = shared_dir / "tokenizers" / "gpt2"
+    train = ["train", "--data", corpus, "--model", trained, "--tokenizer", gpt2, "--output_dir", tmp_path]
+    assert "the tokenizer has 50258 tokens, but the model's vocab_size is" in error_of(train, capsys)
+    evaluate = ["evaluate", trained, "--data", corpus, "--tokenizer", gpt2]
+    assert "the tokenizer has 50258 tokens, but the model's vocab_size is" in error_of(evaluate, capsys)
+
+
+def test_traceback_is_shown_when_asked_for():
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["train", "--data", "missing.txt", "--traceback"])
+
+
+# evaluate
+
+
+def test_evaluate_repeats_what_training_reported(trained, tmp_path, capsys):
+    held_out = trained.parent / "held_out.txt"
+    figures = tmp_path / "likelihood.json"
+    flags = ["--num_draws", "8", "--batch_size", "16", "--seed", "3", "--json", str(figures)]
+    assert main(["evaluate", str(trained), "--data", str(held_out), *flags]) == 0
+    reported = json.loads((trained / "metrics.json").read_text())["after"]
+    measured = json.loads(figures.read_text())
+    assert measured["nelbo"] == pytest.approx(reported["nelbo"], abs=1e-4)
+    assert measured["num_bytes"] == held_out.stat().st_size
+    printed = capsys.readouterr().out
+    assert f"perplexity {measured['perplexity']:.2f}" in printed
+    assert f"{measured['bits_per_byte']:.3f} bits per byte" in printed
+
+
+def test_evaluate_scores_familiar_text_better_than_noise(trained, corpus, tmp_path):
+    noise = tmp_path / "noise.txt"
+    noise.write_text("qXv#9 ~~pL 00z! KjW@ %%rtY ;;;u\n" * 20)
+    perplexities = []
+    for text in (corpus, noise):
+        figures = tmp_path / "figures.json"
+        flags = ["--max_eval_sequences", "8", "--num_draws", "2", "--json", str(figures)]
+        assert main(["evaluate", str(trained), "--data", str(text), *flags]) == 0
+        assert json.loads(figures.read_text())["num_sequences"] == 8
+        perplexities.append(json.loads(figures.read_text())["perplexity"])
+    assert perplexities[1] > 3 * perplexities[0]
+
+
+def test_evaluation_mistakes_are_one_line(trained, corpus, tmp_path, capsys):
+    evaluate = ["evaluate", trained, "--data", corpus]
+    assert "num_draws=0 must be at least 1" in error_of([*evaluate, "--num_draws", "0"], capsys)
+    assert "num_sequences=0 must be at least 1" in error_of([*evaluate, "--max_eval_sequences", "0"], capsys)
+    assert "tokenizer=" in error_of(["evaluate", tmp_path, "--data", corpus], capsys)
+
+
+# generate
+
+
+def json_lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_generate_continues_prompts_from_arguments(trained, capsys):
+    prompts = ["zero one two", "five"]
+    flags = ["--max_new_tokens", "9", "--num_return_sequences", "2", "--json"]
+    assert main(["generate", str(trained), *prompts, *flags]) == 0
+    rows = json_lines(capsys)
+    assert [row["prompt"] for row in rows] == ["zero one two", "zero one two", "five", "five"]
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    for row in rows:
+        assert row["text"].startswith(row["prompt"])
+        # Sampled tokens need not be the shortest spelling of their text.
+        assert 0 < len(tokenizer(row["text"][len(row["prompt"]) :])["input_ids"]) - 1 <= 9
+
+
+def test_generate_reads_prompts_from_stdin_line_by_line(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("zero one\nfour\nseven eight\n"))
+    assert main(["generate", str(trained), "--max_new_tokens", "5", "--batch_size", "2", "--json"]) == 0
+    assert [row["prompt"] for row in json_lines(capsys)] == ["zero one", "four", "seven eight"]
+
+
+def test_generate_starts_from_nothing_without_a_prompt(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["generate", str(trained), "--max_new_tokens", "8", "--seed", "0"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_seed_repeats_generation_and_another_changes_it(trained, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(trained), "zero", "--max_new_tokens", "24", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompts_in_a_batch_get_what_they_would_get_alone(trained, capsys):
+    greedy = ["--max_new_tokens", "12", "--no-do_sample", "--sampler", "confidence", "--denoising_steps", "4"]
+    greedy.append("--json")
+    prompts = ["zero one two", "six", "nine zero one two three"]
+    assert main(["generate", str(trained), *prompts, *greedy]) == 0
+    together = json_lines(capsys)
+    for prompt, row in zip(prompts, together):
+        assert main(["generate", str(trained), prompt, *greedy]) == 0
+        assert json_lines(capsys) == [row]
+
+
+def test_stream_shows_drafts_and_ends_with_the_text(trained, capsys):
+    flags = ["--max_new_tokens", "8", "--seed", "1"]
+    assert main(["generate", str(trained), "zero one", *flags, "--no-stream"]) == 0
+    text = capsys.readouterr().out.strip()
+    assert main(["generate", str(trained), "zero one", *flags, "--stream"]) == 0
+    streamed = capsys.readouterr().out
+    draft, restore = "\0337\033[33m", "\0338\033[J"
+    assert streamed.count(draft) >= 8
+    shown = "".join(part.split(restore)[-1] for part in streamed.split("\0337"))
+    assert shown.strip() == text
+
+
+def test_generation_mistakes_are_one_line(trained, tmp_path, capsys):
+    generate = ["generate", trained, "zero", "one"]
+    assert "stream takes a single text" in error_of([*generate, "--stream"], capsys)
+    assert "batch_size=0 must be at least 1" in error_of([*generate, "--batch_size", "0"], capsys)
+    assert "sampler" in error_of([*generate, "--sampler", "guess"], capsys)
+    assert "tokenizer=" in error_of(["generate", tmp_path, "zero"], capsys)
+
+
+# convert
+
+
+def test_convert_writes_a_published_checkpoint_in_this_format(shared_dir, tmp_path, capsys):
+    source = shared_dir / "parity" / "bd3lm_block4"
+    assert main(["convert", str(source), str(tmp_path / "converted")]) == 0
+    assert "saved to" in capsys.readouterr().out
+    config = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert config["model_type"] == "bd3lm" and "auto_map" in config
+    converted = BD3LMForMaskedLM.from_pretrained(tmp_path / "converted")
+    published = load_file(source / "model.safetensors")
+    (name,) = [name for name in published if name.endswith("vocab_embed.embedding")]
+    assert torch.equal(converted.model.embed_tokens.weight, published[name])
+
+
+def test_conversion_mistakes_are_one_line(tmp_path, capsys):
+    assert error_of(["convert", tmp_path / "missing.ckpt", tmp_path / "out"], capsys)
+
+
+# demo
+
+
+def test_the_demo_fails_if_the_model_learnt_nothing(tmp_path, capfd):
+    flags = ["--max_steps=1", "--max_bytes=100000", "--hidden_size=32", "--max_eval_sequences=4"]
+    assert run_demo(str(tmp_path), flags) == 1
+    output = capfd.readouterr()
+    assert "a third of the unigram model's" in output.err
+    assert "the finished text:\ndef " in output.out
+
+
+@pytest.mark.slow
+def test_the_demo_succeeds(tmp_path, capfd):
+    assert main(["demo", "--output_dir", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["after"]["perplexity"] < metrics["unigram_perplexity"] / 3
+    assert "the finished text:\ndef " in capfd.readouterr().out
