@@ -39,5 +39,5 @@ conformance: $(INSTALLED)
 	$(BIN)/python -m tests.conformance.run
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,15 +15,20 @@ TRAINING_FLAGS = {
     "max_bytes": 4_000_000,
     "max_eval_sequences": 128,
     "num_draws": 2,
-    "vocab_size": 4096,
+    "vocab_size": 2048,
     "length": 128,
     "block_size": 4,
-    "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
     "hidden_dropout": 0,
-    "learning_rate": 2e-3,
-    "max_steps": 450,
+    "tie_word_embeddings": True,
+    # A narrow model learns to attend much sooner from weights of the order of 1 / sqrt(hidden_size).
+    "initializer_range": 0.08,
+    "noise_interval": (0.3, 1.0),
+    "per_device_train_batch_size": 8,
+    "learning_rate": 3e-3,
+    "max_steps": 1800,
     "save_strategy": "no",
 }
 # The demo has failed if the model is not at least this much better than word frequencies alone.
@@ -77,8 +82,11 @@ def run_demo(output_dir: str, flags: Sequence[str] = ()) -> int:
     Returns:
         0, or 1 if the model's perplexity is more than `MAX_SHARE_OF_UNIGRAM_PERPLEXITY` of a unigram model's.
     """
-    demo_flags = [f"--{name}={value}" for name, value in TRAINING_FLAGS.items()]
-    argv = [*demo_flags, f"--output_dir={output_dir}", *flags]
+    argv = []
+    for name, value in {**TRAINING_FLAGS, "output_dir": output_dir}.items():
+        values = value if isinstance(value, tuple) else (value,)
+        argv += [f"--{name}", *map(str, values)]
+    argv += flags
     print(f"bd3lm train {shlex.join(argv)}", flush=True)
     metrics = train_model(*train_arguments(argv))
 

@@ -1,4 +1,4 @@
-"""`ModelTesterMixin` on BD3LMModel and BD3LMForMaskedLM. Run by `make conformance`, which makes `transformers_tests`."""
+"""`ModelTesterMixin` on BD3LMModel and BD3LMForMaskedLM; run.py provides the package `transformers_tests`."""
 
 import copy
 import functools
@@ -6,6 +6,7 @@ import unittest
 from unittest import mock
 
 import torch
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.testing_utils import torch_device
@@ -16,51 +17,23 @@ from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMModel, BD3LMPreTrainedM
 from bd3lm_hf.modeling import modeling_bd3lm
 
 
-# The mixin tells base models from heads, and heads that take `labels`, by these tables of Transformers' own models.
-# Without the two names half of its tests would pass over our classes and succeed.
+# By these tables of Transformers' own models the mixin tells base models from heads, and heads that take `labels`.
+# Without the two names many of its tests would pass over our classes and succeed.
 MODEL_MAPPING_NAMES[BD3LMConfig.model_type] = BD3LMModel.__name__
 MODEL_FOR_MASKED_LM_MAPPING_NAMES[BD3LMConfig.model_type] = BD3LMForMaskedLM.__name__
-
-published_init_weights = BD3LMPreTrainedModel._init_weights
-
-
-@torch.no_grad()
-def open_init_weights(self, module):
-    """
-    The model's own initialisation, after which what starts at zero is drawn.
-
-    With zero modulation no layer changes its input, and with a zero projection all logits are 0: outputs would agree
-    whatever the tests compare.
-    """
-    published_init_weights(self, module)
-    for name in ("adaln_modulation", "lm_head"):
-        if hasattr(module, name):
-            linear = getattr(module, name)
-            init.normal_(linear.weight, std=0.5)
-            init.normal_(linear.bias, std=0.5)
-
-
-def with_fixed_seed(draw):
-    """`draw` with the same result at every call and the global generator left as it was."""
-
-    @functools.wraps(draw)
-    def seeded(*args, **kwargs):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return draw(*args, **kwargs)
-
-    return seeded
 
 
 class BD3LMModelTester:
     """A small model and a batch for it."""
 
     batch_size = 3
-    # No multiple of the block size, and longer than the context, so that the last block is short and the window slides.
+    # No multiple of the block size and longer than the context: the last block is short, and the window slides.
     seq_length = 14
     block_size = 4
     max_position_embeddings = 8
     vocab_size = 99
+    # Inside the smallest vocabulary that the tests shrink the model to, and not the id 0 of their labels.
+    mask_token_id = 1
     hidden_size = 32
     num_hidden_layers = 2
     num_attention_heads = 4
@@ -75,8 +48,8 @@ class BD3LMModelTester:
             max_position_embeddings=self.max_position_embeddings,
             block_size=self.block_size,
             cond_dim=16,
-            # The tests shrink the vocabulary, down to 4 ids; the mask token has to stay inside.
-            mask_token_id=1,
+            mask_token_id=self.mask_token_id,
+            # With the default, so small a model changes its input so little that a wrong mask goes unnoticed.
             initializer_range=0.1,
         )
 
@@ -84,24 +57,53 @@ class BD3LMModelTester:
         attention_mask = torch.ones(self.batch_size, self.seq_length, dtype=torch.long, device=torch_device)
         attention_mask[0, :3] = 0
         attention_mask[1, -2:] = 0
-        inputs = {
-            "input_ids": ids_tensor([self.batch_size, self.seq_length], self.vocab_size),
-            "attention_mask": attention_mask,
-        }
-        return self.get_config(), inputs
+        # The loss takes text, in which nothing is masked.
+        first_id = self.mask_token_id + 1
+        input_ids = first_id + ids_tensor([self.batch_size, self.seq_length], self.vocab_size - first_id)
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+initialize_as_published = BD3LMPreTrainedModel._init_weights
+
+
+@torch.no_grad()
+def initialize_without_zeros(self, module):
+    """
+    The model's own initialisation, after which the projections that start at zero are drawn.
+
+    As published, no layer of a new model changes its input and all its logits are 0: any two of them would be equal.
+    """
+    initialize_as_published(self, module)
+    for name in ("adaln_modulation", "lm_head"):
+        if hasattr(module, name):
+            projection = getattr(module, name)
+            init.normal_(projection.weight, std=0.5)
+            init.normal_(projection.bias, std=0.5)
+
+
+def with_fixed_seed(draw):
+    """`draw` with the same result at every call; the global generator stays as it was."""
+
+    @functools.wraps(draw)
+    def draw_again(*args, **kwargs):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return draw(*args, **kwargs)
+
+    return draw_again
 
 
 class BD3LMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (BD3LMModel, BD3LMForMaskedLM)
-    # The tests of initialisation run for models whose file names a year from 2023 on, or with this.
+    # `test_can_init_all_missing_weights` passes over files without a copyright year from 2023 on, unless told not to.
     test_can_init_all_missing_weights_before_2023 = True
+    tests_of_initialization = ("test_can_init_all_missing_weights", "test_init_weights_can_init_buffers")
 
     def setUp(self):
         self.model_tester = BD3LMModelTester()
-        # These two are about the initialisation as it is.
-        if self._testMethodName not in ("test_can_init_all_missing_weights", "test_init_weights_can_init_buffers"):
-            self.patch(BD3LMPreTrainedModel, "_init_weights", open_init_weights)
-        # The loss is an estimate over drawn noise; tests that compare two passes mean passes that met the same noise.
+        if self._testMethodName not in self.tests_of_initialization:
+            self.patch(BD3LMPreTrainedModel, "_init_weights", initialize_without_zeros)
+        # The loss is an estimate over drawn noise; tests that compare the losses of two passes mean the same noise.
         for name in ("sample_timesteps", "forward_process"):
             self.patch(modeling_bd3lm, name, with_fixed_seed(getattr(modeling_bd3lm, name)))
 
@@ -109,3 +111,21 @@ class BD3LMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
         patcher = mock.patch.object(target, name, value)
         patcher.start()
         self.addCleanup(patcher.stop)
+
+    def test_reverse_loading_mapping(self):
+        # The mapping from the published names is made for the model with its head, as those checkpoints are. The test
+        # saves in the format that was read, which is Transformers' default; `save_pretrained` of these models is not.
+        with mock.patch.object(BD3LMPreTrainedModel, "save_pretrained", PreTrainedModel.save_pretrained):
+            super().test_reverse_loading_mapping(skip_base_model=True)
+
+    def test_sdpa_can_dispatch_on_flash(self):
+        # Torch's flash kernel takes no mask, and only a pass over one block goes without.
+        self.model_tester.seq_length = self.model_tester.block_size
+        super().test_sdpa_can_dispatch_on_flash()
+
+    @staticmethod
+    def _prepare_config_headdim(config, requested_dim):
+        # The mixin's own sets `head_dim`, which follows from the hidden size here.
+        config = copy.deepcopy(config)
+        config.hidden_size = max(config.hidden_size, requested_dim * config.num_attention_heads)
+        return config

@@ -1,12 +1,13 @@
 """
 Runs Transformers' `ModelTesterMixin` on the models of this package: `python -m tests.conformance.run`.
 
-The mixin ships with the source distribution of Transformers and not with the wheel, so the source distribution of the
-installed version is downloaded once and kept in the folder .cache beside this file.
+The mixin ships with the source distribution of Transformers and not with the wheel: that of the installed version is
+downloaded once and kept in the folder .cache beside this file. Other arguments go to pytest (`-k resize`, `-rs`).
 """
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -15,12 +16,16 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
+import pytest
+
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / ".cache"
 TESTS_PACKAGE = "transformers_tests"
-# The mixin imports two modules that the source distribution lacks. Their tests are not part of it, so that the names suffice.
+# The mixin imports these, and the source distribution holds neither. It needs no more of them than the names.
 STAND_INS = {"generation/test_utils.py": "GenerationTesterMixin", "exporters/test_export.py": "ExportTesterMixin"}
+# Our own selection and our strictness about markers are not meant for a suite whose markers Transformers declares.
+PYTEST_OPTIONS = ("-o", "addopts=", "-W", "ignore::pytest.PytestUnknownMarkWarning", "-p", "no:cacheprovider")
 
 
 def download_source(transformers_version: str) -> Path:
@@ -34,7 +39,7 @@ def download_source(transformers_version: str) -> Path:
 
 
 def read_tests(source: Path) -> dict[str, str]:
-    """The modules that stand directly in `tests/` of a source distribution, packed or unpacked: name -> text."""
+    """The modules that lie directly in `tests/` of a source distribution, packed or unpacked: file name -> text."""
     if source.is_dir():
         return {path.name: path.read_text(encoding="utf-8") for path in (source / "tests").glob("*.py")}
     with tarfile.open(source) as archive:
@@ -50,7 +55,7 @@ def write_tests_package(source: Path, folder: Path) -> None:
     """Writes the package `transformers_tests` into the folder."""
     modules = read_tests(source)
     if "test_modeling_common.py" not in modules:
-        raise SystemExit(f"`--source` must be a source distribution of Transformers with its tests, but got {source}.")
+        raise ValueError(f"`source` must be a source distribution of Transformers with its tests, but got {source}.")
     modules |= {path: f"class {name}:\n    pass\n" for path, name in STAND_INS.items()}
     for path, text in modules.items():
         target = folder / TESTS_PACKAGE / path
@@ -76,25 +81,28 @@ class Counts:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.conformance.run", description=__doc__.strip())
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.conformance.run",
+        description=__doc__.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
-        "--source", type=Path, help="source distribution of Transformers, packed or unpacked, to use without a download"
+        "--source", type=Path, help="a source distribution of Transformers, packed or unpacked, in place of the download"
     )
     arguments, pytest_arguments = parser.parse_known_args()
     transformers_version = version("transformers")
     source = arguments.source or download_source(transformers_version)
 
-    # The tests load nothing from the Hub; a request would only make them slow.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import pytest
-
     counts = Counts()
     with tempfile.TemporaryDirectory() as folder:
         write_tests_package(source, Path(folder))
         sys.path.insert(0, folder)
-        # The mixin's markers are declared in Transformers' own settings; of ours, none are meant for it.
-        options = ["-q", "-o", "addopts=", "-W", "ignore::pytest.PytestUnknownMarkWarning", "-p", "no:cacheprovider"]
-        status = pytest.main([*options, *pytest_arguments, str(HERE / "conformance_suite.py")], plugins=[counts])
+        # By the environment, because some tests start pytest anew in a process of their own.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        os.environ["PYTEST_ADDOPTS"] = shlex.join(PYTEST_OPTIONS)
+        # Nothing here is on the Hub.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        status = pytest.main(["-q", *pytest_arguments, str(HERE / "conformance_suite.py")], plugins=[counts])
     print(f"ModelTesterMixin of transformers {transformers_version}: {counts}")
     return status
 
