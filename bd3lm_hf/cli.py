@@ -99,8 +99,8 @@ class DataArguments:
 
 
 def _config_field(help_text: str):
-    """A field of `BD3LMConfig`, which owns the default."""
-    return field(default=None, metadata={"help": f"{help_text} (default: BD3LMConfig's)"})
+    """A field of `BD3LMConfig`, which owns the default; `train_arguments` puts it into the help."""
+    return field(default=None, metadata={"help": help_text})
 
 
 @dataclass
@@ -114,7 +114,7 @@ class ModelArguments:
     hidden_size: int | None = _config_field("Width of the residual stream.")
     num_hidden_layers: int | None = _config_field("Transformer layers.")
     num_attention_heads: int | None = _config_field("Attention heads per layer.")
-    intermediate_size: int | None = _config_field("Width of the MLP.")
+    intermediate_size: int | None = _config_field("Width of the MLP. (default: 4 x --hidden_size)")
     cond_dim: int | None = _config_field("Width of the noise level's embedding.")
     adaln: bool | None = _config_field("Modulate the layers by the noise level.")
     time_conditioning: bool | None = _config_field("Feed the noise level to the modulation.")
@@ -228,6 +228,8 @@ def train_arguments(argv: Sequence[str]) -> tuple:
     import torch
     from transformers import HfArgumentParser, TrainingArguments
 
+    from .modeling.configuration_bd3lm import BD3LMConfig
+
     parser = _parser(
         "train",
         TRAIN_DESCRIPTION,
@@ -235,6 +237,13 @@ def train_arguments(argv: Sequence[str]) -> tuple:
         dataclass_types=[DataArguments, ModelArguments, TrainingArguments],
         usage="bd3lm train --data DATA [...]",
     )
+    for name in (item.name for item in fields(ModelArguments) if hasattr(BD3LMConfig, item.name)):
+        action = parser._option_string_actions[f"--{name}"]
+        if "default" not in action.help:
+            action.help += f" (default: {getattr(BD3LMConfig, name)})"
+    # HfArgumentParser lists the hundred flags of TrainingArguments first; they are what a reader needs last.
+    parser._optionals.title = "options, and the arguments of transformers.TrainingArguments"
+    parser._action_groups.sort(key=lambda group: group is parser._optionals)
     on_gpu = torch.cuda.is_available()
     parser.set_defaults(
         **TRAINING_DEFAULTS, bf16=on_gpu and torch.cuda.is_bf16_supported(), dataloader_pin_memory=on_gpu

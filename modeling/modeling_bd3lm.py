@@ -73,7 +73,8 @@ class BD3LMLayerNorm(nn.Module):
             return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps)
         if shift.dim() == 1:
             # One modulation for all tokens is an affine layer norm: nothing is paid per token.
-            return nn.functional.layer_norm(hidden_states, size, self.weight * (1 + scale), shift, self.eps)
+            weight, shift = (vector.to(hidden_states.dtype) for vector in (self.weight * (1 + scale), shift))
+            return nn.functional.layer_norm(hidden_states, size, weight, shift, self.eps)
         return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps) * (1 + scale) + shift
 
 
@@ -127,6 +128,7 @@ class ApplyRotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, cos, sin):
+        cos, sin = cos.to(states.dtype), sin.to(states.dtype)
         ctx.save_for_backward(cos, sin)
         return ApplyRotary.rotate(states, cos, sin)
 

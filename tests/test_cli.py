@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -65,6 +66,17 @@ def test_every_command_explains_itself(command, capsys):
     assert "--traceback" in text
     if command != "demo":
         assert f"examples:\n  bd3lm {command} " in text
+
+
+def test_the_help_of_train_starts_with_its_own_arguments(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    flags = ("--data DATA  ", "--block_size BLOCK", "--learning_rate LEARN")
+    data, model, training = (text.index(flag) for flag in flags)
+    assert data < model < training
+    assert re.match(r"[^(]*\(default:\s+16\)", text[model:])
+    assert re.match(r"[^(]*\(default:\s+0\.0003\)", text[training:])
 
 
 def test_the_installed_command_lists_its_commands():

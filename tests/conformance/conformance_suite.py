@@ -2,11 +2,12 @@
 
 import copy
 import functools
+import random
 import unittest
 from unittest import mock
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.testing_utils import torch_device
@@ -59,7 +60,8 @@ class BD3LMModelTester:
         attention_mask[1, -2:] = 0
         # The loss takes text, in which nothing is masked.
         first_id = self.mask_token_id + 1
-        input_ids = first_id + ids_tensor([self.batch_size, self.seq_length], self.vocab_size - first_id)
+        shape = [self.batch_size, self.seq_length]
+        input_ids = first_id + ids_tensor(shape, self.vocab_size - first_id, rng=random.Random(0))
         return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
@@ -100,6 +102,7 @@ class BD3LMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
     tests_of_initialization = ("test_can_init_all_missing_weights", "test_init_weights_can_init_buffers")
 
     def setUp(self):
+        set_seed(0)
         self.model_tester = BD3LMModelTester()
         if self._testMethodName not in self.tests_of_initialization:
             self.patch(BD3LMPreTrainedModel, "_init_weights", initialize_without_zeros)

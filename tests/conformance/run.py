@@ -87,7 +87,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--source", type=Path, help="a source distribution of Transformers, packed or unpacked, in place of the download"
+        "--source", type=Path, help="source distribution of Transformers, packed or unpacked, in place of the download"
     )
     arguments, pytest_arguments = parser.parse_known_args()
     transformers_version = version("transformers")
