@@ -299,7 +299,7 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
             **_given(data_args, ["num_draws"]),
         )
         if is_main:
-            print(f"{name}: {describe(likelihood)}")
+            print(f"{name}: {likelihood}")
         return likelihood
 
     before = score("before training")
@@ -332,16 +332,6 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         print(f"saved to {training_args.output_dir}")
     return metrics
-
-
-def describe(likelihood) -> str:
-    """One line about a `Likelihood`."""
-    error = likelihood.standard_error
-    parts = [f"perplexity {likelihood.perplexity:.2f}"]
-    if likelihood.bits_per_byte is not None:
-        parts.append(f"{likelihood.bits_per_byte:.3f} bits per byte")
-    parts.append(f"{likelihood.nelbo:.4f}{'' if error is None else f' ± {error:.4f}'} nats per token")
-    return ", ".join(parts)
 
 
 def _checkpoint_to_resume(training_args) -> str | None:
@@ -474,7 +464,7 @@ def evaluate(argv: Sequence[str]) -> int:
         num_bytes=sum(sequences["num_bytes"]),
         **_given(args, ["batch_size", "num_draws"]),
     )
-    print(describe(likelihood))
+    print(likelihood)
     if args.json:
         likelihood.to_json(args.json)
     return 0
@@ -541,6 +531,8 @@ def generate(argv: Sequence[str]) -> int:
     from tqdm.auto import tqdm
     from transformers import TextDiffusionStreamer, set_seed
 
+    from .data import encode_prompts
+
     model, tokenizer = _load(args)
     if args.seed is not None:
         set_seed(args.seed)
@@ -565,18 +557,6 @@ def _read_prompts(prompts: list[str]) -> list[str]:
     if not prompts and not sys.stdin.isatty():
         prompts = sys.stdin.read().splitlines()
     return prompts or [""]
-
-
-def encode_prompts(prompts: list[str], tokenizer):
-    """
-    Prompts as the training sequences start: BOS in front, no EOS behind, padded on the left.
-
-    Returns:
-        `input_ids` and `attention_mask` [batch, length].
-    """
-    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-    rows = [[tokenizer.bos_token_id, *ids] for ids in encoded]
-    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
 
 
 CONVERT_DESCRIPTION = """\

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 BUILTIN = "builtin"
@@ -361,6 +361,18 @@ def _pack_batch(batch, bos_token_id, length, drop_remainder):
         "input_ids": [np.append(bos_token_id, input_ids[start : start + length - 1]) for start in starts],
         "num_bytes": [num_bytes[start : start + length - 1].sum() for start in starts],
     }
+
+
+def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+    """
+    Prompts as the training sequences start: BOS in front, no EOS behind, padded on the left.
+
+    Returns:
+        `input_ids` and `attention_mask` [batch, length].
+    """
+    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [[tokenizer.bos_token_id, *ids] for ids in encoded]
+    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
 
 
 @dataclass

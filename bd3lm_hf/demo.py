@@ -28,7 +28,7 @@ TRAINING_FLAGS = {
     "noise_interval": (0.3, 1.0),
     "per_device_train_batch_size": 8,
     "learning_rate": 3e-3,
-    "max_steps": 1800,
+    "max_steps": 1500,
     "save_strategy": "no",
 }
 # The demo has failed if the model is not at least this much better than word frequencies alone.

@@ -50,6 +50,13 @@ class Likelihood:
             return None
         return self.nelbo * self.num_tokens / math.log(2) / self.num_bytes
 
+    def __str__(self) -> str:
+        parts = [f"perplexity {self.perplexity:.2f}"]
+        if self.num_bytes is not None:
+            parts.append(f"{self.bits_per_byte:.3f} bits per byte")
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return ", ".join([*parts, f"{self.nelbo:.4f}{error} nats per token"])
+
     def to_json(self, path: str | Path | None = None) -> str:
         """All attributes, perplexity and bits per byte as a JSON object; written to `path` as well if given."""
         text = json.dumps(

@@ -1,6 +1,5 @@
 """The network of a BD3-LM: a transformer over blocks of noisy tokens and the clean tokens before them."""
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -33,6 +31,14 @@ from .diffusion_bd3lm import (
     subs_loss,
 )
 from .generation_bd3lm import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+from .layers_bd3lm import (
+    BD3LMAttention,
+    BD3LMDecoderLayer,
+    BD3LMLayerNorm,
+    BD3LMNoiseEmbedding,
+    rotary_embedding,
+    zero_linear,
+)
 
 
 @dataclass
@@ -55,202 +61,6 @@ class BD3LMOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     nelbo: torch.Tensor | None = None
-
-
-class BD3LMLayerNorm(nn.Module):
-    """Layer norm with a weight and no bias, followed by `x * (1 + scale) + shift`."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(
-        self, hidden_states: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        size = self.weight.shape
-        if shift is None:
-            return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps)
-        if shift.dim() == 1:
-            # One modulation for all tokens is an affine layer norm: nothing is paid per token.
-            weight, shift = (vector.to(hidden_states.dtype) for vector in (self.weight * (1 + scale), shift))
-            return nn.functional.layer_norm(hidden_states, size, weight, shift, self.eps)
-        return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps) * (1 + scale) + shift
-
-
-class BD3LMNoiseEmbedding(nn.Module):
-    """Embeds the noise level sigma: 256 sinusoidal features (cosines, then sines), then an MLP with SiLU between."""
-
-    num_features = 256
-    max_period = 10000
-
-    def __init__(self, config: BD3LMConfig):
-        super().__init__()
-        self.linear_1 = nn.Linear(self.num_features, config.cond_dim)
-        self.linear_2 = nn.Linear(config.cond_dim, config.cond_dim)
-
-    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
-        """sigma of any shape -> [*shape, cond_dim]."""
-        half = self.num_features // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
-        angles = sigma[..., None].float() * torch.exp(-math.log(self.max_period) * exponents)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        return self.linear_2(nn.functional.silu(self.linear_1(features)))
-
-
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A projection that starts at zero: every branch closed, every token equally likely, as in the published code."""
-    linear = nn.Linear(in_features, out_features)
-    linear.starts_at_zero = True
-    return linear
-
-
-def rotary_embedding(config: BD3LMConfig, position_ids: torch.Tensor, dtype: torch.dtype):
-    """
-    Cosines and sines of the rotary embedding (arXiv 2104.09864), halves paired as in GPT-NeoX.
-
-    Args:
-        position_ids: [batch, length].
-
-    Returns:
-        (cos, sin), each [batch, 1, length, head_dim].
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
-    angles = position_ids[..., None].float() / config.rope_theta**exponents
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-class ApplyRotary(torch.autograd.Function):
-    """
-    Rotates queries or keys [batch, heads, length, head_dim] to their positions, with one tensor written each way.
-    """
-
-    @staticmethod
-    def forward(ctx, states, cos, sin):
-        cos, sin = cos.to(states.dtype), sin.to(states.dtype)
-        ctx.save_for_backward(cos, sin)
-        return ApplyRotary.rotate(states, cos, sin)
-
-    @staticmethod
-    def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        half = states.shape[-1] // 2
-        first, second = states[..., :half], states[..., half:]
-        rotated = states * cos
-        rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
-        rotated[..., half:].addcmul_(first, sin[..., half:])
-        return rotated
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return ApplyRotary.rotate(grad, cos, -sin), None, None
-
-
-class BD3LMAttention(nn.Module):
-    """Multi-head attention with rotary positions; who sees whom is the pattern's business."""
-
-    def __init__(self, config: BD3LMConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        size = config.hidden_size
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, size, bias=False)
-        self.v_proj = nn.Linear(size, size, bias=False)
-        self.o_proj = nn.Linear(size, size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        query_states: torch.Tensor,
-        pattern: DensePattern,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        query_rotary: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [batch, keys, size] are what is seen, query_states [batch, queries, size] what sees."""
-
-        def heads(states: torch.Tensor) -> torch.Tensor:
-            return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-        query = ApplyRotary.apply(heads(self.q_proj(query_states)), *query_rotary)
-        key = ApplyRotary.apply(heads(self.k_proj(hidden_states)), *rotary)
-        value = heads(self.v_proj(hidden_states))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        output, weights = pattern(self, query, key, value, **kwargs)
-        return self.o_proj(output.flatten(-2)), weights
-
-
-class BD3LMMLP(nn.Module):
-    """Two projections with tanh-approximated GELU between."""
-
-    def __init__(self, config: BD3LMConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
-
-
-class BD3LMDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each after a layer norm and gated by the noise level (arXiv 2212.09748, adaLN-Zero)."""
-
-    def __init__(self, config: BD3LMConfig, layer_idx: int):
-        super().__init__()
-        self.hidden_dropout = config.hidden_dropout
-        self.input_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = BD3LMAttention(config, layer_idx)
-        self.post_attention_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.mlp = BD3LMMLP(config)
-        if config.adaln:
-            self.adaln_modulation = zero_linear(config.cond_dim, 6 * config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        pattern: DensePattern,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        condition: torch.Tensor | None = None,
-        layout: TwoStreamLayout | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states: [batch, length, hidden].
-            pattern: the attention of this layer.
-            rotary: cosines and sines of the positions.
-            condition: embedded noise level [cond_dim], or [batch, 1 or length, cond_dim].
-            layout: given to the last layer of a two-stream pass, which computes the layout's queries only.
-        """
-        modulation = (None,) * 6 if condition is None else self.adaln_modulation(condition).chunk(6, dim=-1)
-        query_rotary = rotary
-        attention_input = query_input = self.input_layernorm(hidden_states, *modulation[:2])
-        if layout is not None:
-            query_input = layout.select_queries(attention_input)
-            hidden_states = layout.select_queries(hidden_states)
-            query_rotary = tuple(layout.select_queries(angles[:, 0])[:, None] for angles in rotary)
-            modulation = tuple(
-                part if part is None or part.dim() == 1 or part.shape[1] == 1 else layout.select_queries(part)
-                for part in modulation
-            )
-        branch, _ = self.self_attn(
-            attention_input, query_input, pattern, rotary, query_rotary, past_key_values, **kwargs
-        )
-        hidden_states = self._add(hidden_states, branch, modulation[2])
-        branch = self.mlp(self.post_attention_layernorm(hidden_states, *modulation[3:5]))
-        return self._add(hidden_states, branch, modulation[5])
-
-    def _add(self, residual: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        branch = nn.functional.dropout(branch, self.hidden_dropout, self.training)
-        return residual + branch if gate is None else torch.addcmul(residual, branch, gate)
 
 
 class BD3LMPreTrainedModel(PreTrainedModel):

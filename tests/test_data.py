@@ -11,6 +11,8 @@ from bd3lm_hf import data
 from bd3lm_hf.data import (
     PackedSequenceCollator,
     check_tokenizer,
+    draw_sequences,
+    encode_prompts,
     limit_bytes,
     load_documents,
     load_tokenizer,
@@ -84,6 +86,25 @@ def test_special_tokens_spelled_out_in_a_text_are_ordinary_text(tokenizer):
     assert tokenizer.mask_token_id not in row
     assert row.count(tokenizer.bos_token_id) == row.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(row[1:-1]) == text
+
+
+def test_a_sample_of_sequences_is_of_the_corpus_and_without_repeats():
+    sequences = Dataset.from_dict({"input_ids": [[index] for index in range(100)]})
+    sample = draw_sequences(sequences, 20, seed=1)["input_ids"][:]
+    assert len({ids[0] for ids in sample}) == len(sample) == 20
+    assert sample != sequences["input_ids"][:20]
+    assert draw_sequences(sequences, 20, seed=1)["input_ids"][:] == sample
+    assert draw_sequences(sequences, 200)["input_ids"][:] == sequences["input_ids"][:]
+    with pytest.raises(ValueError, match="num_sequences=0 must be at least 1"):
+        draw_sequences(sequences, 0)
+
+
+def test_prompts_start_as_training_sequences_do(tokenizer):
+    batch = encode_prompts(["def add", ""], tokenizer)
+    ids = tokenizer("def add", add_special_tokens=False)["input_ids"]
+    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+    assert batch["input_ids"].tolist() == [[bos, *ids], [pad] * len(ids) + [bos]]
+    assert batch["attention_mask"].tolist() == [[1] * (len(ids) + 1), [0] * len(ids) + [1]]
 
 
 # Tokenizers

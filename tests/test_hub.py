@@ -21,6 +21,7 @@ SOURCES = {
     "denoising_bd3lm.py",
     "diffusion_bd3lm.py",
     "generation_bd3lm.py",
+    "layers_bd3lm.py",
     "modeling_bd3lm.py",
     "samplers_bd3lm.py",
 }

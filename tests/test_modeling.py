@@ -1,4 +1,4 @@
-"""What a Transformers user expects of a model beyond its numbers: precisions, checkpointing, outputs, initial state."""
+"""What a Transformers user expects beyond numbers: precisions, checkpointing, outputs, the initial state."""
 
 import contextlib
 import math

@@ -71,16 +71,14 @@ initialize_as_published = BD3LMPreTrainedModel._init_weights
 @torch.no_grad()
 def initialize_without_zeros(self, module):
     """
-    The model's own initialisation, after which the projections that start at zero are drawn.
+    The model's own initialisation, after which whatever starts at zero is drawn.
 
     As published, no layer of a new model changes its input and all its logits are 0: any two of them would be equal.
     """
     initialize_as_published(self, module)
-    for name in ("adaln_modulation", "lm_head"):
-        if hasattr(module, name):
-            projection = getattr(module, name)
-            init.normal_(projection.weight, std=0.5)
-            init.normal_(projection.bias, std=0.5)
+    for parameter in module.parameters(recurse=False):
+        if not parameter.is_meta and not parameter.any():
+            init.normal_(parameter, std=0.5)
 
 
 def with_fixed_seed(draw):
