@@ -28,7 +28,7 @@ TRAINING_FLAGS = {
     "noise_interval": (0.3, 1.0),
     "per_device_train_batch_size": 8,
     "learning_rate": 3e-3,
-    "max_steps": 1500,
+    "max_steps": 1200,
     "save_strategy": "no",
 }
 # The demo has failed if the model is not at least this much better than word frequencies alone.
@@ -47,10 +47,16 @@ folder, prompt = sys.argv[1:]
 
 
 class LineStreamer(TextDiffusionStreamer):
-    '''Each draft on a line of its own, for an output that cannot be overwritten.'''
+    '''The drafts of a block on a line of their own, for an output that cannot be overwritten.'''
 
     def put_draft(self, value, **kwargs):
-        print("  |", ascii(self.tokenizer.decode(value.flatten())), flush=True)
+        print(" ->" if self._has_draft else "  ", repr(self.tokenizer.decode(value)), end="", flush=True)
+        self._has_draft = True
+
+    def _clear_draft(self):
+        if self._has_draft:
+            print()
+            self._has_draft = False
 
     def on_finalized_text(self, text, stream_end=False):
         pass
@@ -65,7 +71,7 @@ output = model.generate(
     max_new_tokens=96,
     do_sample=True,
     top_p=0.9,
-    streamer=streamer_class(tokenizer, skip_special_tokens=True),
+    streamer=streamer_class(tokenizer),
 )
 print(f"the finished text:\\n{tokenizer.decode(output[0], skip_special_tokens=True)}")
 """

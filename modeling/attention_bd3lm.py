@@ -89,9 +89,20 @@ def two_stream_sees(
     return noisy_to_noisy | noisy_to_clean | clean_to_clean
 
 
-def gather_tokens(hidden_states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Picks tokens of each row: [batch, length, size] at [batch, picked] -> [batch, picked, size]."""
-    return hidden_states.gather(1, index[..., None].expand(-1, -1, hidden_states.shape[-1]))
+def select_tokens(states: torch.Tensor, selection: torch.Tensor | slice | None) -> torch.Tensor:
+    """
+    Picks tokens of each row: [batch, length, size] -> [batch, picked, size].
+
+    Args:
+        states: [batch, length, size], or [1, length, size] for all rows.
+        selection: columns of each row [batch, picked], the same slice of each, or None for all.
+    """
+    if selection is None:
+        return states
+    if isinstance(selection, slice):
+        return states[:, selection]
+    states = states.expand(selection.shape[0], -1, -1)
+    return states.gather(1, selection[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def flagged_first(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,9 +199,13 @@ class DensePattern:
 
 
 def denoising_pattern(
-    implementation: str, query_code: torch.Tensor, key_code: torch.Tensor, window: int
+    implementation: str, query_code: torch.Tensor | None, key_code: torch.Tensor | None, window: int
 ) -> DensePattern:
-    """The attention of a denoising pass; codes [batch, queries] and [batch, keys]."""
+    """
+    The attention of a denoising pass; codes [batch, queries] and [batch, keys], None if every query sees every key.
+    """
+    if key_code is None:
+        return DensePattern(implementation)
     if implementation == "flex_attention":
         mask = flex_block_mask(lambda query, key, *_: sees(query, key, 0, window), query_code, key_code)
     else:
@@ -390,10 +405,10 @@ class TwoStreamLayout:
             return tokens
         return tokens.expand(self.noisy_columns.shape[0], -1).gather(1, self.noisy_columns)
 
-    def select_queries(self, states: torch.Tensor) -> torch.Tensor:
-        """States of both streams [batch, num_noisy + num_clean, size] -> those of the last layer's queries."""
-        noisy = states[:, : self.num_noisy]
-        return noisy if self.queries is None else gather_tokens(noisy, self.queries)
+    @property
+    def final_selection(self) -> torch.Tensor | slice:
+        """The last layer's queries among all tokens of both streams, as `select_tokens` takes them."""
+        return slice(self.num_noisy) if self.queries is None else self.queries
 
     def pattern(self, implementation: str, last_layer: bool) -> DensePattern | ChunkedPattern:
         """

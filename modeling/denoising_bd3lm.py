@@ -22,6 +22,7 @@ from transformers.generation import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from .attention_bd3lm import flagged_first
 from .diffusion_bd3lm import sigma_from_mask_probability
 
 
@@ -306,6 +307,7 @@ class DenoisingRun:
         self.logits_processor = logits_processor
         self.shares_processor_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
         self.cache = cache
+        self.modulations = model.model.constant_modulations()
         batch_size, device = canvas.tokens.shape[0], canvas.tokens.device
         self.num_forward_passes = torch.zeros(batch_size, dtype=torch.long, device=device)
         # Clean tokens that the cache does not hold yet (all of them, without one), and which of all so far are real.
@@ -336,7 +338,7 @@ class DenoisingRun:
             sigma = None
             if self.model.config.time_conditioning:
                 sigma = sigma_from_mask_probability(sampler.mask_probability(masked))
-            hidden_states = self._forward(block, sigma)
+            hidden_states = self._forward(block, sigma, candidates)
             self.num_forward_passes += masked.any(-1)
             tokens, confidence = self._predict(hidden_states, candidates, columns, sampler.needs_confidence)
             revealed = sampler.reveal(candidates, confidence)
@@ -352,25 +354,26 @@ class DenoisingRun:
         if self.clean_mask is not None:
             self.clean_mask = torch.cat([self.clean_mask, self.clean_mask.new_ones(block.shape)], dim=1)
 
-    def _forward(self, block: torch.Tensor, sigma: torch.Tensor | None) -> torch.Tensor:
-        """
-        Final hidden states of the block [batch, block_size, hidden]; commits the clean tokens that are not cached.
-        """
+    def _forward(self, block: torch.Tensor, sigma: torch.Tensor | None, candidates: torch.Tensor) -> torch.Tensor:
+        """Final states of the candidates [num_candidates, hidden]; commits the clean tokens that are not cached."""
         num_clean = self.clean.shape[1]
         attention_mask = self.clean_mask
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(block.shape)], dim=1)
         if sigma is not None:
             sigma = torch.cat([sigma.new_zeros(self.clean.shape), sigma[:, None].expand(block.shape)], dim=1)
+        kept, is_candidate = flagged_first(candidates)
         outputs = self.model.model(
             input_ids=torch.cat([self.clean, block], dim=1),
             attention_mask=attention_mask,
             past_key_values=None if self.cache is None else CommitCache(self.cache, num_clean),
             timesteps=sigma,
+            kept_positions=num_clean + kept,
+            modulations=self.modulations,
         )
         if self.cache is not None:
             self.clean = self.clean[:, :0]
-        return outputs.last_hidden_state[:, num_clean:]
+        return outputs.last_hidden_state[is_candidate]
 
     def _predict(
         self, hidden_states: torch.Tensor, candidates: torch.Tensor, columns: torch.Tensor, needs_confidence: bool
@@ -382,7 +385,7 @@ class DenoisingRun:
             (tokens [batch, block_size], the model's probability of each [batch, block_size]); arbitrary and 0
             elsewhere.
         """
-        logits = self.model.lm_head(hidden_states[candidates]).float()
+        logits = self.model.lm_head(hidden_states).float()
         logits[:, self.canvas.mask_token_id] = -torch.inf
         scores = self._process(logits, candidates, columns)
         if self.generation_config.do_sample:

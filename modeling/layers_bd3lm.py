@@ -8,8 +8,20 @@ from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_bd3lm import ChunkedPattern, DensePattern, TwoStreamLayout
+from .attention_bd3lm import ChunkedPattern, DensePattern, select_tokens
 from .configuration_bd3lm import BD3LMConfig
+
+
+# Shifts, scales and gates: one for all tokens [hidden], of each row or token [batch, 1 or length, hidden], or none.
+Modulation = tuple[torch.Tensor | None, ...]
+
+
+def select_modulation(modulation: Modulation, selection: torch.Tensor | slice | None) -> Modulation:
+    """The modulation of the selected tokens."""
+    return tuple(
+        part if part is None or part.dim() == 1 or part.shape[1] == 1 else select_tokens(part, selection)
+        for part in modulation
+    )
 
 
 class BD3LMLayerNorm(nn.Module):
@@ -167,13 +179,18 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         if config.adaln:
             self.adaln_modulation = zero_linear(config.cond_dim, 6 * config.hidden_size)
 
+    def modulation(self, condition: torch.Tensor | None) -> Modulation:
+        """Shift, scale and gate of the attention, then of the MLP, from the embedded noise level."""
+        return (None,) * 6 if condition is None else self.adaln_modulation(condition).chunk(6, dim=-1)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         pattern: DensePattern | ChunkedPattern,
         rotary: tuple[torch.Tensor, torch.Tensor],
         condition: torch.Tensor | None = None,
-        layout: TwoStreamLayout | None = None,
+        modulation: Modulation | None = None,
+        selection: torch.Tensor | slice | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -183,19 +200,20 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
             pattern: the attention of this layer.
             rotary: cosines and sines of the positions.
             condition: embedded noise level [cond_dim], or [batch, 1 or length, cond_dim].
-            layout: given to the last layer of a two-stream pass, which computes the layout's queries only.
+            modulation: what `modulation(condition)` would return, where that is known already.
+            selection: the tokens whose states are wanted, in the last layer; it computes no other queries.
+
+        Returns:
+            [batch, selected, hidden].
         """
-        modulation = (None,) * 6 if condition is None else self.adaln_modulation(condition).chunk(6, dim=-1)
+        if modulation is None:
+            modulation = self.modulation(condition)
+        attention_input = self.input_layernorm(hidden_states, *modulation[:2])
+        query_input, hidden_states = (select_tokens(states, selection) for states in (attention_input, hidden_states))
         query_rotary = rotary
-        attention_input = query_input = self.input_layernorm(hidden_states, *modulation[:2])
-        if layout is not None:
-            query_input = layout.select_queries(attention_input)
-            hidden_states = layout.select_queries(hidden_states)
-            query_rotary = tuple(layout.select_queries(angles[:, 0])[:, None] for angles in rotary)
-            modulation = tuple(
-                part if part is None or part.dim() == 1 or part.shape[1] == 1 else layout.select_queries(part)
-                for part in modulation
-            )
+        if selection is not None:
+            query_rotary = tuple(select_tokens(angles[:, 0], selection)[:, None] for angles in rotary)
+            modulation = select_modulation(modulation, selection)
         branch, _ = self.self_attn(
             attention_input, query_input, pattern, rotary, query_rotary, past_key_values, **kwargs
         )

@@ -14,11 +14,11 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_bd3lm import (
-    DensePattern,
     TwoStreamLayout,
     block_starts,
     denoising_pattern,
     documents_from_positions,
+    select_tokens,
     visibility_code,
 )
 from .configuration_bd3lm import BD3LMConfig
@@ -36,7 +36,9 @@ from .layers_bd3lm import (
     BD3LMDecoderLayer,
     BD3LMLayerNorm,
     BD3LMNoiseEmbedding,
+    Modulation,
     rotary_embedding,
+    select_modulation,
     zero_linear,
 )
 
@@ -154,6 +156,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         use_cache: bool | None = None,
         document_ids: torch.LongTensor | None = None,
         layout: TwoStreamLayout | None = None,
+        kept_positions: torch.LongTensor | None = None,
+        modulations: list[Modulation] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -174,9 +178,11 @@ class BD3LMModel(BD3LMPreTrainedModel):
             use_cache: make a cache if none is given.
             document_ids: equal for the tokens of one document of a packed row [batch, length].
             layout: which tokens of the two streams are computed; all by default.
+            kept_positions: columns of `input_ids` whose final states are wanted in a denoising pass [batch, kept].
+            modulations: what `constant_modulations` returned, to spare computing it again.
 
         Returns:
-            `last_hidden_state` [batch, length, hidden], or [batch, num_queries, hidden] of the layout.
+            `last_hidden_state` [batch, length, hidden], or of the kept columns or the layout's queries alone.
 
         Raises:
             ValueError: arguments that exclude each other, shapes that do not fit, training under `flex_attention` on
@@ -196,13 +202,18 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 f"but got {list(attention_mask.shape)}."
             )
 
+        implementation, window = self.config._attn_implementation, self.config.window_in_blocks
         if clean_input_ids is None:
             hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            position_ids, pattern = self._denoising_pass(
+            position_ids, query_code, key_code = self._denoising_pass(
                 hidden_states, attention_mask, position_ids, past_key_values, document_ids
             )
-            patterns = [pattern] * len(self.layers)
             sigma = timesteps if timesteps is None or timesteps.dim() > 1 else timesteps[:, None]
+            selection = kept_positions
+            pattern = last_pattern = denoising_pattern(implementation, query_code, key_code, window)
+            if selection is not None and key_code is not None:
+                query_code = select_tokens(query_code[..., None], selection).squeeze(-1)
+                last_pattern = denoising_pattern(implementation, query_code, key_code, window)
         else:
             if inputs_embeds is not None or past_key_values is not None:
                 raise ValueError(
@@ -211,13 +222,12 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 )
             if layout is None:
                 _, code = self.text_code(input_ids, attention_mask, position_ids, document_ids)
-                layout = TwoStreamLayout.of_all_tokens(code, self.config.block_size, self.config.window_in_blocks)
+                layout = TwoStreamLayout.of_all_tokens(code, self.config.block_size, window)
             hidden_states, position_ids, sigma = self._two_stream_pass(
                 input_ids, clean_input_ids, attention_mask, position_ids, document_ids, timesteps, layout
             )
-            implementation = self.config._attn_implementation
-            patterns = [layout.pattern(implementation, last_layer=False)] * (len(self.layers) - 1)
-            patterns.append(layout.pattern(implementation, last_layer=True))
+            selection = layout.final_selection
+            pattern, last_pattern = (layout.pattern(implementation, last_layer) for last_layer in (False, True))
 
         if (
             self.config._attn_implementation == "flex_attention"
@@ -229,20 +239,35 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 "train there."
             )
 
-        condition = self._condition(sigma, hidden_states.device)
+        condition = None if modulations is not None else self._condition(sigma, hidden_states.device)
         rotary = rotary_embedding(self.config, position_ids, hidden_states.dtype)
-        for layer, pattern in zip(self.layers, patterns, strict=True):
-            is_last = layer is self.layers[-1]
+        for index, layer in enumerate(self.layers):
+            is_last = index == len(self.layers) - 1
             hidden_states = layer(
-                hidden_states, pattern, rotary, condition, layout if is_last else None, past_key_values, **kwargs
+                hidden_states,
+                last_pattern if is_last else pattern,
+                rotary,
+                condition,
+                None if modulations is None else modulations[index],
+                selection if is_last else None,
+                past_key_values,
+                **kwargs,
             )
-        modulation = (None, None)
-        if condition is not None:
-            if layout is not None and condition.dim() > 1 and condition.shape[1] > 1:
-                condition = layout.select_queries(condition)
-            modulation = self.adaln_modulation(condition).chunk(2, dim=-1)
-        hidden_states = self.norm(hidden_states, *modulation)
+        modulation = self._final_modulation(condition) if modulations is None else modulations[-1]
+        hidden_states = self.norm(hidden_states, *select_modulation(modulation, selection))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def constant_modulations(self) -> list[Modulation] | None:
+        """
+        The modulation of each layer and of the output at sigma 0; None where the network tells noise levels apart.
+        """
+        if self.config.adaln and self.config.time_conditioning:
+            return None
+        condition = self._condition(None, self.embed_tokens.weight.device)
+        return [layer.modulation(condition) for layer in self.layers] + [self._final_modulation(condition)]
+
+    def _final_modulation(self, condition: torch.Tensor | None) -> Modulation:
+        return (None, None) if condition is None else self.adaln_modulation(condition).chunk(2, dim=-1)
 
     def text_code(
         self,
@@ -283,16 +308,14 @@ class BD3LMModel(BD3LMPreTrainedModel):
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         document_ids: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, DensePattern]:
-        """Positions, and the attention of every layer."""
-        config, implementation = self.config, self.config._attn_implementation
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Positions, and the visibility codes of queries and keys; these are None where every query sees every key."""
+        config = self.config
         length, device = hidden_states.shape[1], hidden_states.device
         if past_key_values is None:
             is_plain = attention_mask is None and position_ids is None and document_ids is None
             position_ids, code = self.text_code(hidden_states, attention_mask, position_ids, document_ids)
-            if is_plain and length <= config.block_size:
-                return position_ids, DensePattern(implementation)
-            return position_ids, denoising_pattern(implementation, code, code, config.window_in_blocks)
+            return position_ids, *((None, None) if is_plain and length <= config.block_size else (code, code))
 
         if document_ids is not None:
             raise ValueError("`document_ids` describes whole rows and can't go with `past_key_values`.")
@@ -303,7 +326,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
             block, last_block = past_length // config.block_size, (past_length + length - 1) // config.block_size
             first_visible = (block - config.window_in_blocks) * config.block_size
             if block == last_block and first_visible <= first_key and num_keys == past_length - first_key + length:
-                return columns, DensePattern(implementation)
+                return columns, None, None
         if position_ids is None:
             if attention_mask is None:
                 position_ids = columns
@@ -321,7 +344,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
             hidden_key = hidden_key | is_padding[:, key_columns[0].clamp(max=is_padding.shape[1] - 1)]
         query_code = visibility_code(position_ids, config.block_size, query_padding)
         key_code = visibility_code(key_positions, config.block_size, hidden_key)
-        return position_ids, denoising_pattern(implementation, query_code, key_code, config.window_in_blocks)
+        return position_ids, query_code, key_code
 
     def _two_stream_pass(
         self,

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
@@ -137,6 +137,15 @@ def test_resuming_goes_on_from_the_last_checkpoint(trained, corpus, tmp_path):
     straight, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("straight", "resumed"))
     for name, weight in straight.items():
         assert torch.equal(weight, resumed[name]), name
+
+    # A run from scratch would have come to the same weights; it knows nothing of a change to the checkpoint.
+    checkpoint = tmp_path / "resumed" / "checkpoint-2"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert train(tmp_path / "changed", "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint)) == 0
+    changed = load_file(tmp_path / "changed" / "model.safetensors")["model.norm.weight"]
+    assert torch.allclose(changed, straight["model.norm.weight"] + 1, atol=0.1)
 
 
 def test_a_checkpoint_can_be_trained_on_with_another_block_size(trained, corpus, tmp_path):

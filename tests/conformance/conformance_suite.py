@@ -93,10 +93,12 @@ def with_fixed_seed(draw):
     return draw_again
 
 
+# `test_generation_tester_mixin_inheritance` asks for the second base. It is a stand-in without tests.
 class BD3LMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (BD3LMModel, BD3LMForMaskedLM)
-    # `test_can_init_all_missing_weights` passes over files without a copyright year from 2023 on, unless told not to.
+    # `test_can_init_all_missing_weights` skips models whose file names no year from 2023 on, unless it is told not to.
     test_can_init_all_missing_weights_before_2023 = True
+    # They are about the initialisation as it is; the others meet parameters that all count.
     tests_of_initialization = ("test_can_init_all_missing_weights", "test_init_weights_can_init_buffers")
 
     def setUp(self):
@@ -114,19 +116,19 @@ class BD3LMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
         self.addCleanup(patcher.stop)
 
     def test_reverse_loading_mapping(self):
-        # The mapping from the published names is made for the model with its head, as those checkpoints are. The test
-        # saves in the format that was read, which is Transformers' default; `save_pretrained` of these models is not.
+        # `save_pretrained` of these models never writes the published names, and the test is about the way there and
+        # back: it gets Transformers' own. The names hold for the model with its head, as the published ones are.
         with mock.patch.object(BD3LMPreTrainedModel, "save_pretrained", PreTrainedModel.save_pretrained):
             super().test_reverse_loading_mapping(skip_base_model=True)
 
     def test_sdpa_can_dispatch_on_flash(self):
-        # Torch's flash kernel takes no mask, and only a pass over one block goes without.
+        # Torch's flash kernel takes no mask, and only a pass over a single block needs none.
         self.model_tester.seq_length = self.model_tester.block_size
         super().test_sdpa_can_dispatch_on_flash()
 
     @staticmethod
     def _prepare_config_headdim(config, requested_dim):
-        # The mixin's own sets `head_dim`, which follows from the hidden size here.
+        # The mixin's own sets `head_dim`, which follows from the hidden size here and can't be set.
         config = copy.deepcopy(config)
         config.hidden_size = max(config.hidden_size, requested_dim * config.num_attention_heads)
         return config
