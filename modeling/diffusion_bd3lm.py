@@ -7,6 +7,7 @@ import torch
 import torch.utils.checkpoint
 
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
+from .linear_bd3lm import BD3LMLinear, linear
 
 
 SCHEDULE_EPSILON = 1e-3
@@ -182,7 +183,7 @@ class SubsCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_states, weight, bias, targets, loss_weights, mask_token_id):
         needs_grad = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         cross_entropy = torch.empty(len(targets), dtype=torch.float32, device=hidden_states.device)
 
@@ -190,7 +191,7 @@ class SubsCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk_size):
             rows = slice(start, start + chunk_size)
             hidden, target = hidden_states[rows], targets[rows, None]
-            logits = torch.nn.functional.linear(hidden, weight, bias).float()
+            logits = linear(hidden, weight, bias).float()
             logits[:, mask_token_id] = -torch.inf
             log_normalizer = logits.logsumexp(-1, keepdim=True)
             cross_entropy[rows] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
@@ -200,16 +201,15 @@ class SubsCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
             grad_logits = grad_logits.mul_(loss_weights[rows, None]).to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits @ weight.to(hidden.dtype)).to(grad_hidden.dtype)
-            if grad_weight is not None:
-                if hidden.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_logits.t(), hidden)
-                else:
-                    grad_weight.add_(grad_logits.t() @ hidden)
+                grad_hidden[rows] = linear(grad_logits, weight.t().to(hidden.dtype)).to(grad_hidden.dtype)
+            if ctx.needs_input_grad[1]:
+                product = linear(grad_logits.t(), hidden.t()).float()
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
             if grad_bias is not None:
                 grad_bias.add_(grad_logits.sum(0))
 
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(cross_entropy)
@@ -242,12 +242,13 @@ def subs_loss(
         (sum of loss_weights * -log x_theta, a scalar; -log x_theta in nats [num_masked], without gradient), in
         float32.
     """
-    if type(output_projection) is torch.nn.Linear:
+    is_plain = type(output_projection) in (torch.nn.Linear, BD3LMLinear) and not hasattr(output_projection, "_hf_hook")
+    if is_plain:
         return SubsCrossEntropy.apply(
             hidden_states, output_projection.weight, output_projection.bias, targets, loss_weights, mask_token_id
         )
 
-    # A wrapped projection (an adapter, a quantized layer) has a forward of its own.
+    # A wrapped projection (an adapter, a quantized or an offloaded layer) has a forward of its own.
     def cross_entropy(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = output_projection(hidden).float()
         is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_bd3lm import ChunkedPattern, DensePattern, select_tokens
 from .configuration_bd3lm import BD3LMConfig
+from .linear_bd3lm import BD3LMLinear
 
 
 # Shifts, scales and gates: one for all tokens [hidden], of each row or token [batch, 1 or length, hidden], or none.
@@ -53,8 +54,8 @@ class BD3LMNoiseEmbedding(nn.Module):
 
     def __init__(self, config: BD3LMConfig):
         super().__init__()
-        self.linear_1 = nn.Linear(self.num_features, config.cond_dim)
-        self.linear_2 = nn.Linear(config.cond_dim, config.cond_dim)
+        self.linear_1 = BD3LMLinear(self.num_features, config.cond_dim)
+        self.linear_2 = BD3LMLinear(config.cond_dim, config.cond_dim)
 
     def forward(self, sigma: torch.Tensor) -> torch.Tensor:
         """sigma of any shape -> [*shape, cond_dim]."""
@@ -65,9 +66,9 @@ class BD3LMNoiseEmbedding(nn.Module):
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
 
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+def zero_linear(in_features: int, out_features: int) -> BD3LMLinear:
     """A projection that starts at zero: every branch closed, every token equally likely, as in the published code."""
-    linear = nn.Linear(in_features, out_features)
+    linear = BD3LMLinear(in_features, out_features)
     linear.starts_at_zero = True
     return linear
 
@@ -88,30 +89,34 @@ def rotary_embedding(config: BD3LMConfig, position_ids: torch.Tensor, dtype: tor
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class ApplyRotary(torch.autograd.Function):
-    """
-    Rotates queries or keys [batch, heads, length, head_dim] to their positions, with one tensor written each way.
-    """
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates queries or keys [batch, heads, length, head_dim] to their positions, writing one tensor."""
+    half = states.shape[-1] // 2
+    first, second = states[..., :half], states[..., half:]
+    rotated = states * cos
+    rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(first, sin[..., half:])
+    return rotated
+
+
+class Rotate(torch.autograd.Function):
+    """[`rotate`], whose gradient is rotated back."""
 
     @staticmethod
     def forward(ctx, states, cos, sin):
-        cos, sin = cos.to(states.dtype), sin.to(states.dtype)
         ctx.save_for_backward(cos, sin)
-        return ApplyRotary.rotate(states, cos, sin)
-
-    @staticmethod
-    def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        half = states.shape[-1] // 2
-        first, second = states[..., :half], states[..., half:]
-        rotated = states * cos
-        rotated[..., :half].addcmul_(second, sin[..., :half], value=-1)
-        rotated[..., half:].addcmul_(first, sin[..., half:])
-        return rotated
+        return rotate(states, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return ApplyRotary.rotate(grad, cos, -sin), None, None
+        return rotate(grad, cos, -sin), None, None
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys [batch, heads, length, head_dim] at their positions."""
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    return Rotate.apply(states, cos, sin) if torch.is_grad_enabled() else rotate(states, cos, sin)
 
 
 class BD3LMAttention(nn.Module):
@@ -125,10 +130,10 @@ class BD3LMAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         size = config.hidden_size
-        self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, size, bias=False)
-        self.v_proj = nn.Linear(size, size, bias=False)
-        self.o_proj = nn.Linear(size, size, bias=False)
+        self.q_proj = BD3LMLinear(size, size, bias=False)
+        self.k_proj = BD3LMLinear(size, size, bias=False)
+        self.v_proj = BD3LMLinear(size, size, bias=False)
+        self.o_proj = BD3LMLinear(size, size, bias=False)
 
     def forward(
         self,
@@ -145,8 +150,8 @@ class BD3LMAttention(nn.Module):
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-        query = ApplyRotary.apply(heads(self.q_proj(query_states)), *query_rotary)
-        key = ApplyRotary.apply(heads(self.k_proj(hidden_states)), *rotary)
+        query = apply_rotary(heads(self.q_proj(query_states)), *query_rotary)
+        key = apply_rotary(heads(self.k_proj(hidden_states)), *rotary)
         value = heads(self.v_proj(hidden_states))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -159,8 +164,8 @@ class BD3LMMLP(nn.Module):
 
     def __init__(self, config: BD3LMConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = BD3LMLinear(config.hidden_size, config.intermediate_size)
+        self.down_proj = BD3LMLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))

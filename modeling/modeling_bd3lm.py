@@ -41,6 +41,7 @@ from .layers_bd3lm import (
     select_modulation,
     zero_linear,
 )
+from .linear_bd3lm import BD3LMLinear
 
 
 @dataclass
@@ -394,7 +395,7 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         super().__init__(config)
         self.model = BD3LMModel(config)
         # Tied to the embeddings, the projection starts as they do.
-        make_linear = nn.Linear if config.tie_word_embeddings else zero_linear
+        make_linear = BD3LMLinear if config.tie_word_embeddings else zero_linear
         self.lm_head = make_linear(config.hidden_size, config.vocab_size)
         self.post_init()
 

@@ -19,7 +19,7 @@ from bd3lm_hf.demo import run_demo
 
 TINY_MODEL = [
     *("--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--cond_dim", "16"),
-    *("--hidden_dropout", "0", "--block_size", "4", "--length", "32"),
+    *("--hidden_dropout", "0", "--initializer_range", "0.2", "--block_size", "4", "--length", "32"),
 ]
 QUICK = ["--learning_rate", "1e-2", "--per_device_train_batch_size", "8", "--disable_tqdm", "true"]
 
@@ -39,7 +39,7 @@ def trained(corpus, tmp_path_factory):
     held_out = folder / "held_out.txt"
     held_out.write_text("".join(corpus.read_text().splitlines(keepends=True)[:20]))
     arguments = ["--data", corpus, "--eval_data", held_out, "--vocab_size", "300", "--output_dir", folder / "model"]
-    steps = ["--max_steps", "60", "--save_steps", "40", "--seed", "3", "--num_draws", "8"]
+    steps = ["--max_steps", "150", "--save_steps", "100", "--seed", "3", "--num_draws", "8"]
     assert main(["train", *map(str, arguments), *TINY_MODEL, *QUICK, *steps]) == 0
     return folder / "model"
 

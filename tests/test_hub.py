@@ -22,6 +22,7 @@ SOURCES = {
     "diffusion_bd3lm.py",
     "generation_bd3lm.py",
     "layers_bd3lm.py",
+    "linear_bd3lm.py",
     "modeling_bd3lm.py",
     "samplers_bd3lm.py",
 }
