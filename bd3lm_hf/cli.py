@@ -20,8 +20,6 @@ Block diffusion language models: train, evaluate, sample and convert them.
 
 `bd3lm COMMAND --help` explains a command, with examples."""
 
-DEFAULT_MAX_NEW_TOKENS = 256
-
 # Where `bd3lm train` differs from `TrainingArguments`; the learning rate is the BD3-LM paper's.
 TRAINING_DEFAULTS = {
     "output_dir": "bd3lm-trained",
@@ -217,10 +215,9 @@ examples:
 Every argument of transformers.TrainingArguments is accepted."""
 
 
-def train(argv: Sequence[str]) -> int:
+def train(argv: Sequence[str]) -> None:
     """`bd3lm train`."""
     train_model(*train_arguments(argv))
-    return 0
 
 
 def train_arguments(argv: Sequence[str]) -> tuple:
@@ -432,7 +429,7 @@ examples:
   bd3lm evaluate kuleshov-group/bd3lm-owt-block_size4 --tokenizer gpt2 --data corpus.txt --num_draws 16"""
 
 
-def evaluate(argv: Sequence[str]) -> int:
+def evaluate(argv: Sequence[str]) -> None:
     """`bd3lm evaluate`."""
     from .data import draw_sequences, load_documents, pack_documents
     from .evaluation import evaluate_likelihood
@@ -467,7 +464,6 @@ def evaluate(argv: Sequence[str]) -> int:
     print(likelihood)
     if args.json:
         likelihood.to_json(args.json)
-    return 0
 
 
 GENERATE_DESCRIPTION = """\
@@ -499,12 +495,12 @@ GENERATION_ARGUMENTS = {
 }
 
 
-def generate(argv: Sequence[str]) -> int:
+def generate(argv: Sequence[str]) -> None:
     """`bd3lm generate`."""
     parser = _parser("generate", GENERATE_DESCRIPTION)
     _add_model_arguments(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="Texts to continue. (default: lines of stdin)")
-    parser.add_argument("--max_new_tokens", type=int, default=DEFAULT_MAX_NEW_TOKENS, help="Tokens to write.")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="Tokens to write.")
     parser.add_argument(
         "--do_sample", action=argparse.BooleanOptionalAction, help="Sample tokens, or take the likeliest."
     )
@@ -520,7 +516,8 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="Print one JSON object per text: prompt and text.")
     args = parser.parse_intermixed_args(argv)
 
-    prompts = _read_prompts(args.prompts)
+    from_stdin = not args.prompts and not sys.stdin.isatty()
+    prompts = (sys.stdin.read().splitlines() if from_stdin else args.prompts) or [""]
     single = len(prompts) == 1 and args.num_return_sequences in (None, 1) and not args.json
     if args.stream and not single:
         raise ValueError(f"stream takes a single text without --json; it got {len(prompts)} prompts")
@@ -550,13 +547,6 @@ def generate(argv: Sequence[str]) -> int:
         for index, text in enumerate(texts):
             prompt = batch[index // texts_per_prompt]
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if args.json else text)
-    return 0
-
-
-def _read_prompts(prompts: list[str]) -> list[str]:
-    if not prompts and not sys.stdin.isatty():
-        prompts = sys.stdin.read().splitlines()
-    return prompts or [""]
 
 
 CONVERT_DESCRIPTION = """\
@@ -569,7 +559,7 @@ examples:
   bd3lm convert last.ckpt my-model --no-ema"""
 
 
-def convert(argv: Sequence[str]) -> int:
+def convert(argv: Sequence[str]) -> None:
     """`bd3lm convert`."""
     parser = _parser("convert", CONVERT_DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE", help="A published checkpoint, or a .ckpt file.")
@@ -588,7 +578,6 @@ def convert(argv: Sequence[str]) -> int:
 
     convert_checkpoint(args.source, args.destination, tokenizer=args.tokenizer, use_ema=args.use_ema)
     print(f"saved to {args.destination}")
-    return 0
 
 
 def demo(argv: Sequence[str]) -> int:

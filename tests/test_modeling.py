@@ -104,3 +104,38 @@ def test_a_batch_without_predicted_tokens_has_no_loss(ids):
     output = model(ids, labels=torch.full_like(ids, -100))
     output.loss.backward()
     assert output.loss.item() == 0
+
+
+def test_the_loss_takes_a_wrapped_output_projection_too(ids):
+    """An adapter or a quantized layer in place of the projection is called, not read."""
+    model = random_model().train()
+    loss, gradients = loss_and_gradients(model, ids)
+    plain = model.lm_head
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = plain
+
+        def forward(self, states):
+            return self.base_layer(states)
+
+    model.lm_head = Wrapped()
+    wrapped_loss, wrapped_gradients = loss_and_gradients(model, ids)
+    torch.testing.assert_close(wrapped_loss, loss)
+    torch.testing.assert_close(wrapped_gradients["lm_head.base_layer.weight"], gradients["lm_head.weight"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(wrapped_gradients[name], gradients[name])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_loss(ids, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "fallback_random", True)
+    model = random_model(attn_implementation="sdpa").train()
+    loss, gradients = loss_and_gradients(model, ids)
+    compiled_loss, compiled_gradients = loss_and_gradients(torch.compile(model), ids)
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[f"_orig_mod.{name}"], gradient, atol=1e-5, rtol=1e-4)
