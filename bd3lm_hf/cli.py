@@ -485,7 +485,7 @@ GENERATION_ARGUMENTS = {
     "top_p": (float, "Sample from the likeliest tokens that have this probability together."),
     "min_p": (float, "Sample from tokens at least this likely, relative to the likeliest."),
     "repetition_penalty": (float, "Above 1, tokens that occurred become less likely."),
-    "no_repeat_ngram_size": (int, "No sequence of this many tokens occurs twice."),
+    "no_repeat_ngram_size": (int, "Avoid a token that would repeat a sequence of this many, as far as it is known."),
     "num_return_sequences": (int, "Texts per prompt."),
     "sampler": (str, "Which tokens a step reveals: first_hitting or confidence."),
     "denoising_steps": (int, "Steps per block of the confidence sampler."),
@@ -572,11 +572,16 @@ def convert(argv: Sequence[str]) -> None:
         action=argparse.BooleanOptionalAction,
         help="Of a .ckpt, take the moving average of the weights rather than the weights.",
     )
+    sizes = ("num_attention_heads", "block_size", "max_position_embeddings", "mask_token_id")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int, help="Of a .ckpt that does not say it.")
     args = parser.parse_args(argv)
 
     from .conversion import convert_checkpoint
 
-    convert_checkpoint(args.source, args.destination, tokenizer=args.tokenizer, use_ema=args.use_ema)
+    convert_checkpoint(
+        args.source, args.destination, tokenizer=args.tokenizer, use_ema=args.use_ema, **_given(args, sizes)
+    )
     print(f"saved to {args.destination}")
 
 

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import PackedSequenceCollator
+from .modeling.diffusion_bd3lm import NOISE_SCHEDULES
 
 
 @dataclass
@@ -83,7 +84,8 @@ def evaluate_likelihood(
 
     The model's own loss in evaluation mode is averaged over `num_draws` draws of noise level and mask for each block.
     At block size 1 every token is masked by itself, with certainty: one pass gives the exact autoregressive
-    log-likelihood, and `num_draws` does not apply.
+    log-likelihood, and `num_draws` does not apply. (A time-conditioned model is no autoregressive one: its noise level
+    matters.)
 
     The same seed and batch size repeat the same draws. The caller's random state and the model's mode are left as
     they were.
@@ -114,7 +116,9 @@ def evaluate_likelihood(
     if tokens.sum() == 0:
         raise ValueError(f"sequences holds no token to predict ({len(rows)} sequences)")
 
-    exact = config.block_size == 1
+    # Masked with certainty, a token has the weight of t = 1, which only the loglinear schedule sets to 1.
+    exact = config.block_size == 1 and not config.time_conditioning
+    weight = float(NOISE_SCHEDULES[config.noise_schedule].loss_weight(torch.tensor(1.0))) if exact else 1.0
     num_draws = 1 if exact else num_draws
     noise = {"noise_interval": (1.0, 1.0)} if exact else {}
     collate = PackedSequenceCollator(pad_token_id=config.pad_token_id or 0)
@@ -133,7 +137,7 @@ def evaluate_likelihood(
                     batch = collate([{"input_ids": row} for row in rows[start : start + batch_size]])
                     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
                     nelbo_per_token = model(**batch, **noise).nelbo
-                    nelbo[draw, start : start + batch_size] = nelbo_per_token.double().sum(dim=1).cpu()
+                    nelbo[draw, start : start + batch_size] = nelbo_per_token.double().sum(dim=1).cpu() / weight
                     bar.update(len(nelbo_per_token))
     finally:
         model.train(was_training)

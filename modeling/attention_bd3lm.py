@@ -187,14 +187,16 @@ class DensePattern:
     def __call__(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
         implementation = self.implementation
         if isinstance(self.mask, BlockMask):
-            return flex_attention_forward(module, query, key, value, self.mask, module.scaling)
+            return flex_attention_forward(module, query, key, value, self.mask.to(query.device), module.scaling)
         if implementation == "flex_attention" or (self.mask is not None and "flash" in implementation):
             # Without a mask there is nothing to be sparse about, and the flash kernels know no block-causal rule: SDPA
             # computes the same.
             implementation = "sdpa"
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        # Beside tensors, accelerate moves no arguments from device to device.
+        mask = None if self.mask is None else self.mask.to(query.device)
         return attention_function(
-            module, query, key, value, self.mask, scaling=module.scaling, is_causal=False, dropout=0.0, **kwargs
+            module, query, key, value, mask, scaling=module.scaling, is_causal=False, dropout=0.0, **kwargs
         )
 
 

@@ -93,6 +93,11 @@ class BD3LMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._validate_choices()
 
+    def validate(self) -> None:
+        """Checks all fields, as the constructor does; for a configuration that was changed since."""
+        self._validate_sizes()
+        self._validate_choices()
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BD3LMConfig":
         """
@@ -101,17 +106,18 @@ class BD3LMConfig(PreTrainedConfig):
         Raises:
             ValueError: `block_size` is another than the checkpoint was trained for, or a field breaks its rule.
         """
-        trained, wanted = config_dict.get("block_size"), kwargs.get("block_size")
-        if trained is not None and wanted is not None and wanted != trained:
-            raise ValueError(
-                f"`block_size` must be {trained}, which this checkpoint was trained for, but got {wanted}. To train "
-                "it "
-                "further with other blocks, set `model.config.block_size` after loading."
-            )
+        wanted = kwargs.pop("block_size", None)
         result = super().from_dict(config_dict, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        config._validate_sizes()
-        config._validate_choices()
+        if wanted is not None and wanted != config.block_size:
+            if "block_size" in config_dict or config.is_published_format:
+                raise ValueError(
+                    f"`block_size` must be {config.block_size}, which this checkpoint was trained for, but got "
+                    f"{wanted}. "
+                    "To train it further with other blocks, set `model.config.block_size` after loading."
+                )
+            config.block_size = wanted
+        config.validate()
         return result
 
     def _read_published_fields(self, kwargs: dict[str, Any]) -> None:
@@ -187,7 +193,7 @@ class BD3LMConfig(PreTrainedConfig):
         )
         if self.head_dim % 2:
             raise ValueError(
-                f"`hidden_size` / `num_attention_heads` must be even for the rotary embedding, but got "
+                "`hidden_size` / `num_attention_heads` must be even for the rotary embedding, but got "
                 f"{self.hidden_size} / {self.num_attention_heads} = {self.head_dim}."
             )
         self._require(
@@ -218,6 +224,6 @@ def validate_noise_interval(noise_interval: tuple[float, float]) -> None:
     """
     if len(noise_interval) != 2 or not 0 <= noise_interval[0] <= noise_interval[1] <= 1 or noise_interval[1] == 0:
         raise ValueError(
-            "`noise_interval` must be a pair (beta, omega) with 0 <= beta <= omega <= 1 and omega > 0, "
-            f"but got {tuple(noise_interval)}."
+            "`noise_interval` must be a pair (beta, omega) with 0 <= beta <= omega <= 1 and omega > 0, but got "
+            f"{tuple(noise_interval)}."
         )

@@ -13,6 +13,7 @@ from transformers.generation import (
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -20,7 +21,7 @@ from transformers.generation import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .attention_bd3lm import flagged_first
 from .diffusion_bd3lm import sigma_from_mask_probability
@@ -71,6 +72,9 @@ class CommitCache(Cache):
         if num_transient <= 0:
             return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+        is_empty = layer is None or not layer.is_initialized
+        if self.num_commit == 0 and is_empty and not isinstance(layer, StaticLayer):
+            return key_states, value_states
         if isinstance(layer, StaticSlidingWindowLayer):
             raise ValueError(
                 "`past_key_values` must not have static sliding layers; take `StaticCache` or `DynamicCache`."
@@ -80,7 +84,7 @@ class CommitCache(Cache):
             states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
             layer.cumulative_length.sub_(num_transient)
             return states
-        if self.num_commit == 0 and type(layer) is DynamicLayer and layer.is_initialized and not self.cache.offloading:
+        if self.num_commit == 0 and type(layer) is DynamicLayer and not self.cache.offloading:
             cached_keys, cached_values = layer.keys, layer.values
         else:
             cached_keys, cached_values = self.cache.update(
@@ -232,6 +236,11 @@ class GeneratedRows:
                     canvas.first_column,
                 )
             )
+        may_end_apart = any(not isinstance(criterion, MaxLengthCriteria) for criterion in self.stopping_criteria)
+        if self.pad_token_id is None and batch_size > 1 and may_end_apart:
+            raise ValueError(
+                "`pad_token_id` must be set where rows of a batch may end at different lengths, but got None."
+            )
         eos = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
         self.eos_token_id = torch.cat([ids.flatten() for ids in eos]).to(device) if eos else None
 
@@ -254,12 +263,11 @@ class GeneratedRows:
             reached = self.unfinished & (generated_before <= index) & (index < block_end)
             self.num_generated += reached
             self.unfinished &= ~(reached & (stops.to(reached.device) | (index + 1 == canvas.num_new)))
-        self._stream()
+        self._pad()
+        if self.streamer is not None:
+            self._stream()
 
     def _stream(self) -> None:
-        if self.streamer is None:
-            return
-        self._pad()
         ended = torch.where(self.unfinished, self.num_generated, self.canvas.num_new)
         ready = min(int(ended.min()), int(self.num_generated.max()))
         start = self.canvas.prompt_width
@@ -279,12 +287,7 @@ class GeneratedRows:
             canvas.tokens.masked_fill_(behind, self.pad_token_id)
 
     def finish(self) -> torch.Tensor:
-        """The sequences [batch, prompt width + generated], padded behind the end of each row."""
-        if self.pad_token_id is None and len(set(self.num_generated.tolist())) > 1:
-            raise ValueError(
-                "`pad_token_id` must be set where rows of a batch may end at different lengths, but got None."
-            )
-        self._pad()
+        """The sequences [batch, prompt width + generated], padded behind the end of each row since that was found."""
         if self.streamer is not None:
             self.streamer.end()
         return self.canvas.tokens[:, : self.canvas.prompt_width + int(self.num_generated.max())]
@@ -307,25 +310,45 @@ class DenoisingRun:
         self.logits_processor = logits_processor
         self.shares_processor_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
         self.cache = cache
-        self.modulations = model.model.constant_modulations()
+        self.modulations = model.model.constant_modulations(canvas.tokens.device)
         batch_size, device = canvas.tokens.shape[0], canvas.tokens.device
         self.num_forward_passes = torch.zeros(batch_size, dtype=torch.long, device=device)
         # Clean tokens that the cache does not hold yet (all of them, without one), and which of all so far are real.
         self.clean, self.clean_mask = canvas.clean_prefix(0)
-        if cache is not None and (num_cached := int(cache.get_seq_length())) > 0:
-            if self.clean_mask is not None or num_cached > self.clean.shape[1] or num_cached % canvas.block_size:
-                raise ValueError(
-                    "`past_key_values` must hold whole blocks of the prompts in `input_ids`, whose rows must be "
-                    "equally long, "
-                    f"but got {num_cached} positions for prompts of {canvas.prompt_length.tolist()} tokens with "
-                    "`block_size` "
-                    f"{canvas.block_size}."
-                )
-            self.clean = self.clean[:, num_cached:]
+        if cache is not None:
+            self._check_cache(cache)
+            self.clean = self.clean[:, int(cache.get_seq_length()) :]
         output = generation_config
         keeps = output.return_dict_in_generate, (canvas.num_new, batch_size, model.config.vocab_size)
         self.scores = torch.full(keeps[1], -torch.inf, device=device) if keeps[0] and output.output_scores else None
         self.logits = torch.zeros(keeps[1], device=device) if keeps[0] and output.output_logits else None
+
+    def _check_cache(self, cache: Cache) -> None:
+        canvas, num_cached = self.canvas, int(cache.get_seq_length())
+        if num_cached and (
+            self.clean_mask is not None or num_cached > self.clean.shape[1] or num_cached % canvas.block_size
+        ):
+            raise ValueError(
+                "`past_key_values` must hold whole blocks of the prompts in `input_ids`, whose rows must be equally "
+                "long, "
+                f"but got {num_cached} positions for prompts of {canvas.prompt_length.tolist()} tokens with "
+                "`block_size` "
+                f"{canvas.block_size}."
+            )
+        # The block under denoising lies behind the committed ones.
+        num_positions = self.clean.shape[1] + canvas.num_stages * canvas.block_size
+        for layer in cache.layers:
+            if isinstance(layer, StaticLayer) and layer.max_cache_len < num_positions:
+                raise ValueError(
+                    f"`past_key_values` must have room for {num_positions} positions, whole blocks of prompt and new "
+                    f"tokens, but got a static cache of {layer.max_cache_len}."
+                )
+            if num_cached and layer.is_initialized and layer.keys.shape[0] != canvas.tokens.shape[0]:
+                raise ValueError(
+                    f"`past_key_values` must be of the batch size of the rows to generate, {canvas.tokens.shape[0]}, "
+                    "but "
+                    f"got {layer.keys.shape[0]}."
+                )
 
     def denoise_block(self, stage: int, rows: GeneratedRows) -> None:
         """Reveals the new tokens of one block of every unfinished row."""
@@ -347,9 +370,10 @@ class DenoisingRun:
             masked = rows.drop_behind_eos(block, columns, masked & ~revealed)
             if hasattr(rows.streamer, "put_draft"):
                 rows.streamer.put_draft(block[canvas.is_new(columns)].cpu())
-        self._append_clean(block)
 
-    def _append_clean(self, block: torch.Tensor) -> None:
+    def append_block(self, stage: int) -> None:
+        """Hands the finished block, as it stands in the text, to the next forward for committing."""
+        block = self.canvas.tokens.gather(1, self.canvas.columns(stage))
         self.clean = torch.cat([self.clean, block], dim=1)
         if self.clean_mask is not None:
             self.clean_mask = torch.cat([self.clean_mask, self.clean_mask.new_ones(block.shape)], dim=1)
@@ -421,6 +445,18 @@ class DenoisingRun:
             chosen = column_of == column
             batch_scores = logits.new_zeros(tokens.shape[0], logits.shape[1])
             batch_scores[row_of[chosen]] = logits[chosen]
-            processed = self.logits_processor(context[:, :column], batch_scores)
+            processed = self._process_column(context[:, :column], batch_scores)
             scores[chosen] = processed[row_of[chosen]]
+        return scores
+
+    def _process_column(self, context: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Runs the processors on the scores of one column [batch, vocab]; `context` [batch, columns before it]."""
+        for processor in self.logits_processor:
+            processed = processor(context, scores)
+            if isinstance(processor, NoRepeatNGramLogitsProcessor):
+                # An n-gram begun by tokens that are not known yet repeats nothing.
+                start = max(context.shape[1] - processor.ngram_size + 1, 0)
+                is_known = (context[:, start:] != self.canvas.mask_token_id).all(-1, keepdim=True)
+                processed = torch.where(is_known, processed, scores)
+            scores = processed
         return scores

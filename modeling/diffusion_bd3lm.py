@@ -11,7 +11,7 @@ from .linear_bd3lm import BD3LMLinear, linear
 
 
 SCHEDULE_EPSILON = 1e-3
-# Reported likelihood always integrates t over this interval; below 1e-3 the weight 1/t loses digits.
+# Reported likelihood takes t from this interval, as the paper's does: below it the weight 1/t has a heavy tail.
 FULL_NOISE_INTERVAL = (1e-3, 1.0)
 
 

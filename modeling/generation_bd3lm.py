@@ -91,8 +91,7 @@ class BD3LMGenerationConfig(GenerationConfig):
         if self.denoising_steps is not None and threshold is not None:
             raise ValueError(
                 "`denoising_steps` and `confidence_threshold` are two rules of the 'confidence' sampler of which one "
-                "must be "
-                f"chosen, but got {self.denoising_steps} and {threshold}."
+                f"must be chosen, but got {self.denoising_steps} and {threshold}."
             )
 
     def make_sampler(self, block_size: int) -> Sampler:
@@ -109,8 +108,7 @@ class BD3LMGenerationConfig(GenerationConfig):
             if getattr(self, field) is not None:
                 raise ValueError(
                     f"`{field}` is an argument of the sampler 'confidence', but got {getattr(self, field)!r} with "
-                    "`sampler` "
-                    f"{self.sampler!r}."
+                    f"`sampler` {self.sampler!r}."
                 )
         return SAMPLERS[self.sampler]()
 
@@ -142,17 +140,15 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     """
     `generate` for block diffusion models.
 
-    Everything around the loop is Transformers' own: arguments, caches, processors, stopping criteria, streamers. The
-    loop:
+    Everything around the loop is Transformers' own: arguments, caches, processors, stopping criteria, streamers.
 
     1. Lay the rows out by blocks, each row's counted in its own positions.
     2. For every block, until nothing in it is masked:
-       a. run the network on the block against the cache; the first such pass also commits the finished blocks before
-       it, b. predict tokens at the positions that the sampler asks for,
+       a. run the network on the block against the cache; the first such pass also commits the finished blocks,
+       b. predict tokens at the positions that the sampler asks for,
        c. reveal those that the sampler chooses.
     3. Show the finished block to the stopping criteria token by token, as an autoregressive model would have, and to
-    the
-       streamer.
+       the streamer.
     4. Cut the rows where they ended.
     """
 
@@ -171,15 +167,33 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if generation_config.num_beams > 1:
             raise ValueError(
                 f"`num_beams` must be 1, but got {generation_config.num_beams}: a block is denoised in parallel, so "
-                "there "
-                "are no prefixes to keep a beam of."
+                "there are no prefixes to keep a beam of."
             )
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
             raise ValueError(
-                f"`generate` denoises blocks by sampling or greedily, but its arguments ask for "
+                "`generate` denoises blocks by sampling or greedily, but its arguments ask for "
                 f"{generation_mode.value!r}."
             )
+        if generation_config.guidance_scale not in (None, 1.0):
+            raise ValueError(
+                f"`guidance_scale` must be 1 or None, but got {generation_config.guidance_scale}: Transformers' "
+                "processor "
+                "reads the prediction of a next token, which this model does not make."
+            )
+        for name in ("output_hidden_states", "output_attentions"):
+            if getattr(generation_config, name):
+                raise ValueError(f"`{name}` must be False in `generate`, but got True; call the model for them.")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs(model_kwargs)
+        known = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values", "use_cache"}
+        # What the generation config asks for is checked with it.
+        known |= {"output_hidden_states", "output_attentions"}
+        if surplus := sorted(name for name, value in model_kwargs.items() if value is not None and name not in known):
+            raise ValueError(
+                f"`generate` counts positions and draws noise itself and takes no {surplus}, which `forward` does."
+            )
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
@@ -209,9 +223,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         vocab_size, mask_token_id = self.config.vocab_size, self.config.mask_token_id
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
-                f"`input_ids` must be of shape [batch, length] with at least one token, but got "
-                f"{list(input_ids.shape)}; an "
-                "empty prompt is the BOS token alone."
+                "`input_ids` must be of shape [batch, length] with at least one token, but got "
+                f"{list(input_ids.shape)}; an empty prompt is the BOS token alone."
             )
         outside = (input_ids < 0) | (input_ids >= vocab_size)
         if outside.any():
@@ -231,8 +244,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             if (real[:, :-1] & ~real[:, 1:]).any():
                 raise ValueError(
                     "`attention_mask` must be left-padded (zeros, then ones, in each row), but got a 0 behind a 1; "
-                    "set "
-                    "`tokenizer.padding_side = 'left'`."
+                    "set `tokenizer.padding_side = 'left'`."
                 )
             input_ids = input_ids.masked_fill(~real, -1)
         if (input_ids == mask_token_id).any():
@@ -268,6 +280,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             # 2. Denoise one block of every row, 3. see where rows end.
             run.denoise_block(stage, rows)
             rows.finish_block(stage)
+            run.append_block(stage)
             if not rows.unfinished.any():
                 break
         # 4. Cut the rows where they ended.

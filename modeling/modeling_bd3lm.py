@@ -110,10 +110,9 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         if model.config.is_published_format and (info["missing_keys"] or info["unexpected_keys"]):
             raise ValueError(
                 f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is a checkpoint in the published "
-                f"format whose tensors must be exactly those of the model, but it lacks "
-                f"{sorted(info['missing_keys'])} "
-                f"and has the unknown {sorted(info['unexpected_keys'])}. Reading this format needs the package "
-                "bd3lm_hf."
+                "format whose tensors must be exactly those of the model, but it lacks "
+                f"{sorted(info['missing_keys'])} and has the unknown {sorted(info['unexpected_keys'])}. Reading this "
+                "format needs the package bd3lm_hf."
             )
         return (model, info) if output_loading_info else model
 
@@ -198,9 +197,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         expected_shape = (given.shape[0], past_length + given.shape[1])
         if attention_mask is not None and attention_mask.shape != expected_shape:
             raise ValueError(
-                f"`attention_mask` must be of shape [batch, cached + length] = "
-                f"{[int(size) for size in expected_shape]}, "
-                f"but got {list(attention_mask.shape)}."
+                "`attention_mask` must be of shape [batch, cached + length] = "
+                f"{[int(size) for size in expected_shape]}, but got {list(attention_mask.shape)}."
             )
 
         implementation, window = self.config._attn_implementation, self.config.window_in_blocks
@@ -258,13 +256,13 @@ class BD3LMModel(BD3LMPreTrainedModel):
         hidden_states = self.norm(hidden_states, *select_modulation(modulation, selection))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def constant_modulations(self) -> list[Modulation] | None:
+    def constant_modulations(self, device: torch.device) -> list[Modulation] | None:
         """
         The modulation of each layer and of the output at sigma 0; None where the network tells noise levels apart.
         """
         if self.config.adaln and self.config.time_conditioning:
             return None
-        condition = self._condition(None, self.embed_tokens.weight.device)
+        condition = self._condition(None, device)
         return [layer.modulation(condition) for layer in self.layers] + [self._final_modulation(condition)]
 
     def _final_modulation(self, condition: torch.Tensor | None) -> Modulation:
@@ -286,8 +284,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         if document_ids is not None and document_ids.shape != input_ids.shape[:2]:
             raise ValueError(
-                f"`document_ids` must be of shape [batch, length] = {list(input_ids.shape[:2])}, "
-                f"but got {list(document_ids.shape)}."
+                f"`document_ids` must be of shape [batch, length] = {list(input_ids.shape[:2])}, but got "
+                f"{list(document_ids.shape)}."
             )
         if position_ids is not None:
             if document_ids is None:
@@ -360,8 +358,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         """Embeddings, positions and noise levels of [noisy ; clean], as far as the layout holds them."""
         if clean_input_ids.shape != input_ids.shape:
             raise ValueError(
-                f"`clean_input_ids` must be of the shape of `input_ids`, {list(input_ids.shape)}, "
-                f"but got {list(clean_input_ids.shape)}."
+                f"`clean_input_ids` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
+                f"{list(clean_input_ids.shape)}."
             )
         num_clean = layout.num_clean
         position_ids, _ = self.text_code(input_ids, attention_mask, position_ids, document_ids)
@@ -446,8 +444,7 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             ):
                 raise ValueError(
                     "`labels` go with the text in `input_ids` alone: noise is drawn inside. Got one of "
-                    "`clean_input_ids`, "
-                    "`past_key_values`, `inputs_embeds`, `timesteps` with them."
+                    "`clean_input_ids`, `past_key_values`, `inputs_embeds`, `timesteps` with them."
                 )
             return self._training_loss(
                 input_ids, attention_mask, position_ids, labels, noise_interval, num_items_in_batch, **kwargs
@@ -493,7 +490,14 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         position_ids, code = self.model.text_code(input_ids, attention_mask, position_ids, document_ids)
         predicted = labels != -100
         if attention_mask is not None:
-            predicted = predicted & (attention_mask != 0)
+            real = attention_mask != 0
+            if ((real & block_starts(real)).sum(-1) > 1).any():
+                raise ValueError(
+                    "`attention_mask` must have the real tokens of each row next to each other, but got padding "
+                    "between "
+                    "them."
+                )
+            predicted = predicted & real
         if config.ignore_bos:
             predicted = predicted & (position_ids != 0)
         is_mask_token = (labels == config.mask_token_id) | (input_ids == config.mask_token_id)
