@@ -306,7 +306,7 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
         train_dataset=train_set,
         eval_dataset=held_out_set,
         processing_class=tokenizer,
-        data_collator=PackedSequenceCollator(pad_token_id=tokenizer.pad_token_id),
+        data_collator=PackedSequenceCollator(tokenizer.pad_token_id, model.config.ignore_bos),
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

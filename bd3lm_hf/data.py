@@ -380,7 +380,8 @@ class PackedSequenceCollator:
     """
     Batch sequences for training and evaluation, with the tokens themselves as labels.
 
-    Shorter sequences are padded on the right, with label -100 and attention mask 0. Unlike
+    Shorter sequences are padded on the right, with label -100 and attention mask 0. With `ignore_bos`, the first token
+    has label -100 too: the model predicts none there, and Trainer counts labels to scale the loss. Unlike
     `DataCollatorForLanguageModeling`, it tells padding by position and not by token, so an EOS stays a target for
     tokenizers that pad with EOS.
 
@@ -389,6 +390,7 @@ class PackedSequenceCollator:
     """
 
     pad_token_id: int
+    ignore_bos: bool = True
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         rows = [torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features]
@@ -396,6 +398,8 @@ class PackedSequenceCollator:
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(attention_mask == 0, -100)}
+        if self.ignore_bos:
+            batch["labels"][:, 0] = -100
         if lengths.min() < lengths.max():
             batch["attention_mask"] = attention_mask
         return batch

@@ -121,7 +121,7 @@ def evaluate_likelihood(
     weight = float(NOISE_SCHEDULES[config.noise_schedule].loss_weight(torch.tensor(1.0))) if exact else 1.0
     num_draws = 1 if exact else num_draws
     noise = {"noise_interval": (1.0, 1.0)} if exact else {}
-    collate = PackedSequenceCollator(pad_token_id=config.pad_token_id or 0)
+    collate = PackedSequenceCollator(pad_token_id=config.pad_token_id or 0, ignore_bos=config.ignore_bos)
     nelbo = np.zeros((num_draws, len(rows)))
 
     was_training = model.training

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_conversion import PublishedModel
 from transformers import AutoTokenizer
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
@@ -319,6 +320,17 @@ def test_convert_writes_a_published_checkpoint_in_this_format(shared_dir, tmp_pa
     published = load_file(source / "model.safetensors")
     (name,) = [name for name in published if name.endswith("vocab_embed.embedding")]
     assert torch.equal(converted.model.embed_tokens.weight, published[name])
+
+
+def test_convert_takes_the_sizes_that_a_ckpt_does_not_say(tmp_path, capsys):
+    published = PublishedModel()
+    parameters = {name: value.detach() for name, value in published.state_dict().items()}
+    torch.save({"state_dict": parameters}, tmp_path / "last.ckpt")
+    command = ["convert", str(tmp_path / "last.ckpt"), str(tmp_path / "out"), "--no-ema"]
+    assert "max_position_embeddings" in error_of(command, capsys)
+    assert main([*command, "--block_size=4", "--max_position_embeddings=16"]) == 0
+    config = BD3LMConfig.from_pretrained(tmp_path / "out")
+    assert (config.block_size, config.max_position_embeddings) == (4, 16)
 
 
 def test_conversion_mistakes_are_one_line(tmp_path, capsys):

@@ -293,11 +293,16 @@ def test_padding_is_neither_seen_nor_predicted_but_an_eos_of_the_text_is():
     collate = PackedSequenceCollator(pad_token_id=9)
     batch = collate([{"input_ids": [1, 5, 9]}, {"input_ids": [1, 9]}])
     assert batch["input_ids"].tolist() == [[1, 5, 9], [1, 9, 9]]
-    assert batch["labels"].tolist() == [[1, 5, 9], [1, 9, -100]]
+    assert batch["labels"].tolist() == [[-100, 5, 9], [-100, 9, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_full_sequences_need_no_attention_mask():
     batch = PackedSequenceCollator(pad_token_id=0)([{"input_ids": torch.tensor([1, 0])}] * 2)
     assert set(batch) == {"input_ids", "labels"}
+    assert batch["labels"].tolist() == [[-100, 0], [-100, 0]]
+
+
+def test_the_first_token_is_a_label_only_for_a_model_that_predicts_it():
+    batch = PackedSequenceCollator(pad_token_id=0, ignore_bos=False)([{"input_ids": torch.tensor([1, 0])}] * 2)
     assert batch["labels"].tolist() == [[1, 0], [1, 0]]

@@ -10,7 +10,7 @@ import pytest
 from conftest import randomize
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, load_documents, train_tokenizer
-from bd3lm_hf.cli import main
+from bd3lm_hf.cli import main, train_arguments
 
 
 README = Path(__file__).parents[1] / "README.md"
@@ -62,6 +62,21 @@ def test_the_commands_of_the_readme_run(folder, monkeypatch, capsys, command):
     for words in chosen:
         assert main(words) in (0, None)
         assert capsys.readouterr().out.strip()
+
+
+def test_the_train_command_of_the_readme_is_understood():
+    lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+    (words,) = (words[2:] for words in lines if words[:2] == ["bd3lm", "train"])
+    data, model, training = train_arguments(words)[:3]
+    assert (data.data, data.tokenizer, data.length) == ("my_texts/", "gpt2", 512)
+    assert (model.block_size, training.output_dir) == (4, "my-model")
+
+
+def test_every_link_of_the_documentation_leads_somewhere():
+    for page in (README, *README.parent.glob("docs/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_every_make_target_of_the_readme_exists():

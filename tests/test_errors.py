@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import random_model, tiny_config
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig, sample_timesteps
 
@@ -44,6 +44,22 @@ def test_a_block_size_that_the_checkpoint_was_not_trained_for_is_refused(tmp_pat
         random_model().generate(torch.tensor([[1]]), block_size=8, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("fields", [{"model_type": "mdlm"}, {"cross_attn": False, "block_size": 16}])
+def test_the_block_size_of_a_masked_diffusion_checkpoint_is_its_length(fields):
+    published = {"vocab_size": 23, "hidden_dim": 32, "n_heads": 2, "n_blocks": 2, "model_length": 32, **fields}
+    assert BD3LMConfig.from_dict(published, block_size=32).block_size == 32
+    with pytest.raises(ValueError, match="`block_size` must be 32, which this checkpoint was trained for, but got 16"):
+        BD3LMConfig.from_dict(published, block_size=16)
+
+
+def test_a_configuration_that_was_changed_can_be_checked_again():
+    config = tiny_config()
+    config.validate()
+    config.block_size = 0
+    with pytest.raises(ValueError, match="`block_size` must be an integer >= 1, but got 0"):
+        config.validate()
+
+
 def test_fields_given_on_loading_are_checked_like_those_of_a_new_configuration(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`mask_token_id` must be an id inside the vocabulary"):
@@ -73,6 +89,10 @@ def test_fields_given_on_loading_are_checked_like_those_of_a_new_configuration(t
         ({"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
         ({"synced_gpus": True}, "`synced_gpus` must be False"),
         ({"denoising_stepz": 3}, "denoising_stepz"),
+        ({"guidance_scale": 2.0}, "`guidance_scale` must be 1 or None, but got 2.0"),
+        ({"output_hidden_states": True}, "`output_hidden_states` must be False in `generate`"),
+        ({"position_ids": torch.tensor([[0, 1]])}, "takes no ['position_ids']"),
+        ({"timesteps": torch.tensor([0.5])}, "takes no ['timesteps']"),
     ],
 )
 def test_generation_arguments_out_of_range_are_refused(arguments, message):
@@ -143,6 +163,31 @@ def test_a_cache_that_does_not_fit_the_prompts_is_refused():
         model(torch.arange(6)[None], past_key_values=cache)
     with pytest.raises(ValueError, match="`past_key_values` must hold whole blocks of the prompts"):
         model.generate(torch.arange(9)[None], past_key_values=cache, max_new_tokens=4)
+
+
+def test_a_static_cache_without_room_is_refused():
+    model = random_model()
+    prompt = torch.arange(5)[None]
+    with pytest.raises(ValueError, match="`past_key_values` must have room for 16 positions.* static cache of 13"):
+        cache = StaticCache(config=model.config, max_cache_len=13)
+        model.generate(prompt, past_key_values=cache, max_new_tokens=8)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    assert model.generate(prompt, past_key_values=cache, max_new_tokens=8).shape == (1, 13)
+
+
+def test_a_cache_of_another_batch_size_is_refused():
+    model = random_model()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(torch.arange(4)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match="`past_key_values` must be of the batch size .* 2, but got 1"):
+        model.generate(torch.arange(5)[None], past_key_values=cache, num_return_sequences=2, max_new_tokens=4)
+
+
+def test_padding_between_tokens_has_no_loss():
+    ids = torch.ones(1, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="`attention_mask` must have the real tokens of each row next to each other"):
+        random_model()(ids, labels=ids, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1]]))
 
 
 @pytest.mark.parametrize(

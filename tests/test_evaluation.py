@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import random_model
 
+from bd3lm_hf import NOISE_SCHEDULES
 from bd3lm_hf.evaluation import Likelihood, evaluate_likelihood, unigram_perplexity
 
 
@@ -47,8 +48,9 @@ def exact_nelbo(model, ids):
     return total
 
 
-def test_block_size_1_gives_the_autoregressive_likelihood():
-    model = random_model(block_size=1)
+@pytest.mark.parametrize("noise_schedule", list(NOISE_SCHEDULES))
+def test_block_size_1_gives_the_autoregressive_likelihood(noise_schedule):
+    model = random_model(block_size=1, noise_schedule=noise_schedule)
     sequences = random_sequences(3, 9)
     likelihood = evaluate_likelihood(model, sequences, batch_size=2, progress=False)
     expected = sum(autoregressive_nll(model, ids) for ids in sequences) / (3 * 8)

@@ -339,19 +339,36 @@ def test_every_processor_sees_the_tokens_left_of_the_predicted_one():
         assert torch.equal(ids[revealed], sequences[:, : ids.shape[1]][revealed])
 
 
-def test_no_token_comes_twice_under_a_hard_repetition_ban_and_minimum_lengths_hold():
+def test_minimum_lengths_hold():
     model = random_model(pad_token_id=0)
     inputs = left_padded(random_prompts([3, 5]))
-    sequences = model.generate(
-        **inputs, max_new_tokens=30, no_repeat_ngram_size=2, sampler="confidence", denoising_steps=4
-    )
-    for row in sequences[:, 2:].tolist():
-        generated = list(zip(row[3:], row[4:]))
-        assert len(generated) > 0
     eos = list(range(1, 100))
     for min_new_tokens in (1, 4, 6):
         sequences = model.generate(**inputs, max_new_tokens=9, eos_token_id=eos, min_new_tokens=min_new_tokens)
         assert (sequences[:, 5 : 5 + min_new_tokens] == 0).all()
+
+
+def test_no_n_gram_repeats_where_text_grows_from_left_to_right():
+    """With blocks of one token all tokens to the left are known, and the ban is as hard as for other models."""
+    model = random_model(vocab_size=9, block_size=1)
+    sequences = model.generate(torch.tensor([[3]]), max_new_tokens=30, no_repeat_ngram_size=2)[0].tolist()
+    bigrams = list(zip(sequences, sequences[1:]))
+    assert len(set(bigrams)) == len(bigrams) == 30
+    free = model.generate(torch.tensor([[3]]), max_new_tokens=30)[0].tolist()
+    assert len(set(zip(free, free[1:]))) < 30
+
+
+@pytest.mark.parametrize("ngram_size", [2, 3])
+def test_n_gram_bans_know_nothing_of_padding_or_unknown_tokens(ngram_size):
+    """A small vocabulary, so that bans are frequent; each row is what it is alone."""
+    model = random_model(vocab_size=12, pad_token_id=0)
+    arguments = {"max_new_tokens": 20, "sampler": "confidence", "do_sample": False, "denoising_steps": 2}
+    prompts = random_prompts([2, 7, 5, 9, 3, 6, 4, 8], vocab_size=11)
+    batch = model.generate(**left_padded(prompts), no_repeat_ngram_size=ngram_size, **arguments)
+    assert not torch.equal(batch, model.generate(**left_padded(prompts), **arguments))
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], no_repeat_ngram_size=ngram_size, **arguments)
+        assert torch.equal(alone[0, -20:], batch[row, -20:])
 
 
 def test_prefix_allowed_tokens_are_asked_with_the_row_and_its_own_prefix():
@@ -443,3 +460,40 @@ def test_generation_config_survives_saving_and_plain_configs_are_taken(tmp_path)
     loaded.generation_config = GenerationConfig(max_new_tokens=8)
     output = loaded.generate(prompt, denoising_steps=1, sampler="confidence", return_dict_in_generate=True)
     assert output.num_forward_passes.tolist() == [2]
+
+
+@torch.no_grad()
+def test_the_returned_cache_is_that_of_the_returned_text_also_for_rows_that_ended():
+    class StopFirst(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] == 6, False])
+
+    output = random_model(pad_token_id=7).generate(
+        **left_padded(random_prompts([4, 4])),
+        max_new_tokens=12,
+        stopping_criteria=StoppingCriteriaList([StopFirst()]),
+        return_dict_in_generate=True,
+        **DETERMINISTIC,
+    )
+    assert (output.sequences[0, 6:] == 7).all() and output.sequences.shape == (2, 16)
+    model = random_model()
+    fresh = DynamicCache()
+    model(output.sequences[:, :12], past_key_values=fresh)
+    assert output.past_key_values.get_seq_length() == 12
+    for kept, expected in zip(output.past_key_values.layers, fresh.layers):
+        torch.testing.assert_close(kept.keys, expected.keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(kept.values, expected.values, atol=1e-5, rtol=0)
+
+
+def test_an_offloaded_model_generates_and_has_a_loss():
+    from accelerate import cpu_offload
+
+    model = random_model()
+    prompt = random_prompts([5])[0][None]
+    expected = model.generate(prompt, max_new_tokens=9, **DETERMINISTIC)
+    torch.manual_seed(0)
+    loss = model(expected, labels=expected).loss.item()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(model.generate(prompt, max_new_tokens=9, **DETERMINISTIC), expected)
+    torch.manual_seed(0)
+    assert model(expected, labels=expected).loss.item() == pytest.approx(loss, rel=1e-5)
