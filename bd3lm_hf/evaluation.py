@@ -17,7 +17,8 @@ from .modeling.diffusion_bd3lm import NOISE_SCHEDULES
 @dataclass
 class Likelihood:
     """
-    The negative evidence lower bound of a text under a model; exact at block size 1, an upper bound otherwise.
+    The negative evidence lower bound of a text under a model: exact at block size 1, otherwise an estimate of an upper
+    bound, less the little that t below 1e-3 would add.
 
     Attributes:
         nelbo: Nats per token, summed over the corpus and divided by its predicted tokens.

@@ -1,8 +1,8 @@
 """
 The linear layer, which on a CPU takes the faster of torch's two matrix kernels.
 
-torch multiplies float32 matrices on a CPU by MKL, which uses AVX-512 on processors of one maker only; its oneDNN
-kernel, which `torch.compile` calls as well, uses it wherever it is there. Where it is not, the two are alike.
+torch multiplies float32 matrices on a CPU by MKL. Its oneDNN kernel, which `torch.compile` calls as well, ran at twice
+the speed on an AMD EPYC with AVX-512 (`docs/benchmarks.md`).
 """
 
 import torch
@@ -21,6 +21,8 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
     """
     Plain float32 matrices on a CPU, outside of what rewrites the operation: a compiler, autocast, a tensor subclass.
+
+    `torch.backends.mkldnn.flags(enabled=False)` leaves all products to MKL.
     """
     return (
         states.device.type == "cpu"
@@ -29,6 +31,7 @@ def takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
         and type(weight) in (torch.Tensor, nn.Parameter)
         and states.numel() > 0
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )

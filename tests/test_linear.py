@@ -51,6 +51,12 @@ def test_other_precisions_take_torchs_own_way(kernel_calls, dtype):
     assert not kernel_calls
 
 
+def test_torchs_switch_is_obeyed(kernel_calls):
+    with torch.backends.mkldnn.flags(enabled=False):
+        BD3LMLinear(24, 11)(torch.randn(3, 24))
+    assert not kernel_calls
+
+
 def test_autocast_is_obeyed(kernel_calls):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert BD3LMLinear(24, 11)(torch.randn(3, 24)).dtype == torch.bfloat16
