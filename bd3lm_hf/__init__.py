@@ -63,7 +63,7 @@ AutoModelForMaskedLM.register(BD3LMConfig, BD3LMForMaskedLM)
 AutoModelForCausalLM.register(BD3LMConfig, BD3LMForMaskedLM)
 
 
-# What needs the package `datasets`, which takes a second to import, is imported where it is used.
+# What needs the package `datasets` is imported when it is asked for.
 _LAZY = {
     "Likelihood": "evaluation",
     "evaluate_likelihood": "evaluation",

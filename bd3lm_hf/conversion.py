@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, WeightTransform
 
-from .data import MASK_TOKEN, load_tokenizer
 from .modeling.configuration_bd3lm import BD3LMConfig
 from .modeling.modeling_bd3lm import BD3LMForMaskedLM
 
@@ -256,6 +255,8 @@ def _matching_tokenizer(
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase, model: BD3LMForMaskedLM
 ) -> PreTrainedTokenizerBase:
     """`tokenizer` with a mask token, by itself and the model's; the model takes over its special ids."""
+    from .data import MASK_TOKEN, load_tokenizer
+
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = copy.deepcopy(tokenizer)
         if tokenizer.mask_token is None:

@@ -1,12 +1,13 @@
 """What the benchmarks share: the sizes, the models, fair timing, and the table."""
 
+import argparse
 import json
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -96,6 +97,17 @@ def peak_memory_mib(module: str, *arguments: str) -> float:
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
     return measure("--memory-of-one-step") - measure("--memory-of-imports")
+
+
+def benchmark_arguments(description: str, names: Iterable[str]) -> argparse.Namespace:
+    """The flags of a benchmark; the hidden ones are those that `peak_memory_mib` gives its processes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the median counts")
+    parser.add_argument("--model", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of-one-step", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of-imports", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def print_own_peak_memory() -> None:

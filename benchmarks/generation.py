@@ -5,8 +5,6 @@ One text at a time, nucleus sampling with p = 0.9, random weights. The plain loo
 a commit pass of its own after each block and the logits of every position of the block at every step.
 """
 
-import argparse
-
 import torch
 from transformers import DynamicCache, TopPLogitsWarper
 
@@ -15,6 +13,7 @@ from bd3lm_hf import BD3LMForMaskedLM, CommitCache
 from .common import (
     BLOCK_SIZE,
     SIZES,
+    benchmark_arguments,
     interleaved_medians,
     machine,
     make_bd3lm,
@@ -85,13 +84,7 @@ def make_run(name: str, size_name: str, num_new_tokens: int):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the median counts")
-    parser.add_argument("--model", choices=NAMES, help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of-one-step", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of-imports", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = benchmark_arguments(__doc__, NAMES)
     if arguments.memory_of_one_step:
         make_run(arguments.model, arguments.sizes[0], 2 * BLOCK_SIZE)()
     if arguments.memory_of_one_step or arguments.memory_of_imports:

@@ -5,8 +5,6 @@ A step is one forward and one backward pass over a batch of random tokens. The d
 the 2L x 2L mask, all queries in every layer and the logits of all positions, as the paper's formulation has it.
 """
 
-import argparse
-
 import torch
 
 from bd3lm_hf import NOISE_SCHEDULES, BD3LMForMaskedLM, forward_process, sample_timesteps, subs_log_probs
@@ -14,6 +12,7 @@ from bd3lm_hf.modeling.attention_bd3lm import DensePattern, TwoStreamLayout
 
 from .common import (
     SIZES,
+    benchmark_arguments,
     interleaved_medians,
     machine,
     make_bd3lm,
@@ -65,13 +64,7 @@ def make_step(name: str, size_name: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the median counts")
-    parser.add_argument("--model", choices=NAMES, help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of-one-step", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--memory-of-imports", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = benchmark_arguments(__doc__, NAMES)
     if arguments.memory_of_one_step:
         make_step(arguments.model, arguments.sizes[0])()
     if arguments.memory_of_one_step or arguments.memory_of_imports:

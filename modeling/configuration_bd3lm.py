@@ -113,8 +113,7 @@ class BD3LMConfig(PreTrainedConfig):
             if "block_size" in config_dict or config.is_published_format:
                 raise ValueError(
                     f"`block_size` must be {config.block_size}, which this checkpoint was trained for, but got "
-                    f"{wanted}. "
-                    "To train it further with other blocks, set `model.config.block_size` after loading."
+                    f"{wanted}. To train it further with other blocks, set `model.config.block_size` after loading."
                 )
             config.block_size = wanted
         config.validate()

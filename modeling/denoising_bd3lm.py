@@ -50,7 +50,8 @@ class CommitCache(Cache):
     commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
 
     Args:
-        cache: any cache but one of static sliding layers.
+        cache: a dynamic, static or dynamic sliding cache; others of Transformers' are called the same way. Static
+            sliding layers are refused.
         num_commit: positions to write at each forward.
     """
 
@@ -330,10 +331,8 @@ class DenoisingRun:
         ):
             raise ValueError(
                 "`past_key_values` must hold whole blocks of the prompts in `input_ids`, whose rows must be equally "
-                "long, "
-                f"but got {num_cached} positions for prompts of {canvas.prompt_length.tolist()} tokens with "
-                "`block_size` "
-                f"{canvas.block_size}."
+                f"long, but got {num_cached} positions for prompts of {canvas.prompt_length.tolist()} tokens with "
+                f"`block_size` {canvas.block_size}."
             )
         # The block under denoising lies behind the committed ones.
         num_positions = self.clean.shape[1] + canvas.num_stages * canvas.block_size
@@ -346,8 +345,7 @@ class DenoisingRun:
             if num_cached and layer.is_initialized and layer.keys.shape[0] != canvas.tokens.shape[0]:
                 raise ValueError(
                     f"`past_key_values` must be of the batch size of the rows to generate, {canvas.tokens.shape[0]}, "
-                    "but "
-                    f"got {layer.keys.shape[0]}."
+                    f"but got {layer.keys.shape[0]}."
                 )
 
     def denoise_block(self, stage: int, rows: GeneratedRows) -> None:

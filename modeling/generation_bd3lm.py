@@ -177,8 +177,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if generation_config.guidance_scale not in (None, 1.0):
             raise ValueError(
                 f"`guidance_scale` must be 1 or None, but got {generation_config.guidance_scale}: Transformers' "
-                "processor "
-                "reads the prediction of a next token, which this model does not make."
+                "processor reads the prediction of a next token, which this model does not make."
             )
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(generation_config, name):

@@ -494,8 +494,7 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             if ((real & block_starts(real)).sum(-1) > 1).any():
                 raise ValueError(
                     "`attention_mask` must have the real tokens of each row next to each other, but got padding "
-                    "between "
-                    "them."
+                    "between them."
                 )
             predicted = predicted & real
         if config.ignore_bos:

@@ -1,9 +1,11 @@
-"""The code blocks of the documentation run."""
+"""The code blocks of the documentation run, its links lead somewhere, and the import stays light."""
 
 import contextlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,9 @@ def test_every_make_target_of_the_readme_exists():
     assert {"demo", "test", "lint", "conformance"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_importing_the_package_imports_neither_datasets_nor_anything_optional():
+    code = "import sys, bd3lm_hf; print([name for name in ('datasets', 'peft', 'evaluate') if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
