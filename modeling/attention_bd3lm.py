@@ -75,15 +75,18 @@ def sees(query_code: torch.Tensor, key_code: torch.Tensor, nearest: int, farthes
 
 def two_stream_sees(
     query_code: torch.Tensor,
-    query_is_noisy: torch.Tensor,
+    query_copy: torch.Tensor,
     key_code: torch.Tensor,
-    key_is_noisy: torch.Tensor,
+    key_copy: torch.Tensor,
     window: int,
 ) -> torch.Tensor:
     """
     The rule of the pass over [x_t ; x_0] (arXiv 2503.09573, Sec. 3.3); all arguments broadcast, the result is bool.
+
+    The copy of a token is 0 in the clean stream and 1, 2, ... in the noisy ones, which do not see each other.
     """
-    noisy_to_noisy = query_is_noisy & key_is_noisy & sees(query_code, key_code, 0, 0)
+    query_is_noisy, key_is_noisy = query_copy > 0, key_copy > 0
+    noisy_to_noisy = query_is_noisy & (query_copy == key_copy) & sees(query_code, key_code, 0, 0)
     noisy_to_clean = query_is_noisy & ~key_is_noisy & sees(query_code, key_code, 1, window)
     clean_to_clean = ~query_is_noisy & ~key_is_noisy & sees(query_code, key_code, 0, window)
     return noisy_to_noisy | noisy_to_clean | clean_to_clean
@@ -337,29 +340,35 @@ class TwoStreamLayout:
     """
     Which tokens take part in the pass over [x_t ; x_0], and what they may see.
 
+    x_t may hold several noised copies of the text, one after the other, for one clean stream.
+
     Attributes:
         noisy_code, clean_code: visibility codes [batch, num_noisy] and [batch, num_clean]. The noisy tokens of a
             block lie together; clean column i is token i of the text.
+        length: tokens of the text.
         block_size: tokens per block.
         window: earlier blocks that a block sees.
-        noisy_columns: the tokens of the text that the noisy stream holds [batch, num_noisy]; None means all.
+        num_copies: noised copies of the text in x_t.
+        noisy_columns: the columns of x_t that the noisy stream holds [batch, num_noisy]; None means all.
         queries: the noisy tokens whose final states are wanted, as indices into the noisy stream [batch,
             num_queries]; None means all. The last layer computes no others.
     """
 
     noisy_code: torch.Tensor
     clean_code: torch.Tensor
+    length: int
     block_size: int
     window: int
+    num_copies: int = 1
     noisy_columns: torch.Tensor | None = None
     queries: torch.Tensor | None = None
 
     @classmethod
-    def of_all_tokens(cls, code: torch.Tensor, block_size: int, window: int) -> "TwoStreamLayout":
+    def of_all_tokens(cls, code: torch.Tensor, block_size: int, window: int, num_copies: int = 1) -> "TwoStreamLayout":
         """
         Both streams whole, whatever the noise: the same shapes at every step. Codes may be [1, length] for all rows.
         """
-        return cls(code, code, block_size, window)
+        return cls(code.repeat(1, num_copies), code, code.shape[1], block_size, window, num_copies)
 
     @classmethod
     def of_predictions(
@@ -370,27 +379,30 @@ class TwoStreamLayout:
             block.
 
         Args:
-            code: visibility codes of the text [batch, length].
-            predicted: bool [batch, length].
+            code: visibility codes of the text [batch, length], or [1, length] for all rows.
+            predicted: bool [batch, copies * length].
 
         Returns:
-            (the layout, bool [batch, num_queries]: which of its queries are predicted tokens, in the order of the
-            text).
+            (the layout, bool [batch, num_queries]: which of its queries are predicted tokens, in the order of x_t).
         """
-        code = code.expand(predicted.shape)
+        batch_size, length = predicted.shape[0], code.shape[1]
+        num_copies = predicted.shape[1] // length
+        code = code.expand(batch_size, -1)
         starts = block_starts(code)
-        block = starts.long().cumsum(-1) - 1
+        columns = torch.arange(length, device=code.device)
+        first_of_block = torch.where(starts, columns, 0).cummax(-1).values.repeat(1, num_copies)
+        block = first_of_block + torch.arange(num_copies, device=code.device).repeat_interleave(length) * length
         block_is_active = torch.zeros_like(predicted).scatter_reduce(1, block, predicted, "amax")
         active = block_is_active.gather(1, block)
         noisy_columns, _ = flagged_first(active)
-        columns = torch.arange(code.shape[1], device=code.device)
-        first_of_block = torch.where(starts, columns, 0).cummax(-1).values
         num_clean = int(torch.where(active, first_of_block, 0).max())
         queries, is_prediction = flagged_first(predicted.gather(1, noisy_columns))
         # Filled up with the row's last prediction, so that a chunk's queries stay close together.
         last = is_prediction.sum(-1, keepdim=True).clamp(min=1) - 1
         queries = torch.where(is_prediction, queries, queries.gather(1, last))
-        layout = cls(code.gather(1, noisy_columns), code[:, :num_clean], block_size, window, noisy_columns, queries)
+        noisy_code = code.gather(1, noisy_columns % length)
+        clean_code = code[:, :num_clean]
+        layout = cls(noisy_code, clean_code, length, block_size, window, num_copies, noisy_columns, queries)
         return layout, is_prediction
 
     @property
@@ -402,7 +414,7 @@ class TwoStreamLayout:
         return self.clean_code.shape[1]
 
     def select_noisy(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[batch, length] of the text -> [batch, num_noisy]."""
+        """[batch, copies * length] of x_t -> [batch, num_noisy]."""
         if self.noisy_columns is None:
             return tokens
         return tokens.expand(self.noisy_columns.shape[0], -1).gather(1, self.noisy_columns)
@@ -422,30 +434,45 @@ class TwoStreamLayout:
             return DensePattern(implementation, self._block_mask(last_layer))
         return ChunkedPattern(self._chunks(last_layer))
 
-    def _query_code(self, last_layer: bool) -> torch.Tensor:
-        if not last_layer:
-            return torch.cat([self.noisy_code, self.clean_code], dim=1)
-        return self.noisy_code if self.queries is None else self.noisy_code.gather(1, self.queries)
+    def _columns(self, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """The columns of x_t that the noisy stream holds, or those of some of its tokens [batch or 1, tokens]."""
+        columns = self.noisy_columns
+        if columns is None:
+            columns = torch.arange(self.num_noisy, device=self.noisy_code.device)[None]
+        return columns if queries is None else columns.expand(queries.shape[0], -1).gather(1, queries)
+
+    def _codes_and_copies(self, last_layer: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visibility code and copy of each query of a layer; of each key for any but the last."""
+        queries = self.queries if last_layer else None
+        code, copy = self.noisy_code, 1 + self._columns(queries) // self.length
+        if queries is not None:
+            code = code.gather(1, queries)
+        if last_layer:
+            return code, copy
+        clean_copy = copy.new_zeros(copy.shape[0], self.num_clean)
+        return torch.cat([code, self.clean_code], dim=1), torch.cat([copy, clean_copy], dim=1)
 
     def _dense_mask(self, last_layer: bool) -> torch.Tensor:
-        query_code, key_code = self._query_code(last_layer), self._query_code(last_layer=False)
-        query_is_noisy, key_is_noisy = (
-            torch.arange(code.shape[1], device=code.device) < self.num_noisy for code in (query_code, key_code)
-        )
+        query_code, query_copy = self._codes_and_copies(last_layer)
+        key_code, key_copy = self._codes_and_copies(last_layer=False)
         return two_stream_sees(
             query_code[:, None, :, None],
-            query_is_noisy[:, None],
+            query_copy[:, None, :, None],
             key_code[:, None, None, :],
-            key_is_noisy,
+            key_copy[:, None, None, :],
             self.window,
         )
 
     def _block_mask(self, last_layer: bool) -> BlockMask:
-        query_code, key_code = self._query_code(last_layer), self._query_code(last_layer=False)
-        num_noisy, window = self.num_noisy, self.window
+        query_code, _ = self._codes_and_copies(last_layer)
+        key_code, _ = self._codes_and_copies(last_layer=False)
+        num_noisy, length, window = self.num_noisy, self.length, self.window
+
+        def copy_of(index):
+            return torch.where(index < num_noisy, 1 + index // length, 0)
 
         def mask_function(query_code, key_code, query, key):
-            return two_stream_sees(query_code, query < num_noisy, key_code, key < num_noisy, window)
+            return two_stream_sees(query_code, copy_of(query), key_code, copy_of(key), window)
 
         return flex_block_mask(mask_function, query_code, key_code)
 
@@ -455,23 +482,25 @@ class TwoStreamLayout:
 
     def _noisy_chunks(self, queries: torch.Tensor | None) -> list[QueryChunk]:
         chunks = []
-        num_queries = self.num_noisy if queries is None else queries.shape[1]
-        for start in range(0, num_queries, QUERY_CHUNK_SIZE):
-            end = min(start + QUERY_CHUNK_SIZE, num_queries)
-            if queries is None:
-                code, first, last = self.noisy_code[:, start:end], start, end - 1
-                columns = None if self.noisy_columns is None else self.noisy_columns[:, start:end]
-            else:
-                chosen = queries[:, start:end]
-                code, first, last = self.noisy_code.gather(1, chosen), int(chosen.min()), int(chosen.max())
-                columns = chosen if self.noisy_columns is None else self.noisy_columns.gather(1, chosen)
-            code = code[:, None, :, None]
+        code, columns, stream_columns = self.noisy_code, self._columns(queries), self._columns()
+        if queries is not None:
+            code = code.gather(1, queries)
+        for start in range(0, code.shape[1], QUERY_CHUNK_SIZE):
+            end = min(start + QUERY_CHUNK_SIZE, code.shape[1])
+            first, last = start, end - 1
+            if queries is not None:
+                first, last = int(queries[:, start:end].min()), int(queries[:, start:end].max())
+            chunk_code, chunk_columns = code[:, None, start:end, None], columns[:, start:end]
             # A block may begin before the chunk and end behind it.
             noisy = slice(max(0, first - self.block_size + 1), min(self.num_noisy, last + self.block_size))
-            tiles = [Tile(noisy.start, noisy.stop, sees(code, self.noisy_code[:, None, None, noisy], 0, 0))]
-            num_clean = min(last if columns is None else int(columns.max()), self.num_clean)
+            visible = sees(chunk_code, self.noisy_code[:, None, None, noisy], 0, 0)
+            if self.num_copies > 1:
+                copy, key_copy = chunk_columns // self.length, stream_columns[:, noisy] // self.length
+                visible = visible & (copy[:, None, :, None] == key_copy[:, None, None, :])
+            tiles = [Tile(noisy.start, noisy.stop, visible)]
+            num_clean = min(int((chunk_columns % self.length).max()), self.num_clean)
             if num_clean:
-                visible = sees(code, self.clean_code[:, None, None, :num_clean], 1, self.window)
+                visible = sees(chunk_code, self.clean_code[:, None, None, :num_clean], 1, self.window)
                 tiles.append(Tile(self.num_noisy, self.num_noisy + num_clean, visible))
             chunks.append(QueryChunk(start, end, tiles))
         return chunks

@@ -17,6 +17,11 @@ from .linear_bd3lm import BD3LMLinear
 Modulation = tuple[torch.Tensor | None, ...]
 
 
+def modulation_parts(projection: nn.Module, condition: torch.Tensor, num_parts: int) -> Modulation:
+    """Projects a condition [*, cond_dim] to so many vectors [*, hidden]; an adapter may return one with more axes."""
+    return projection(condition).view(*condition.shape[:-1], -1).chunk(num_parts, dim=-1)
+
+
 def select_modulation(modulation: Modulation, selection: torch.Tensor | slice | None) -> Modulation:
     """The modulation of the selected tokens."""
     return tuple(
@@ -63,7 +68,7 @@ class BD3LMNoiseEmbedding(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angles = sigma[..., None].float() * torch.exp(-math.log(self.max_period) * exponents)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        return self.linear_2(nn.functional.silu(self.linear_1(features)))
+        return self.linear_2(nn.functional.silu(self.linear_1(features))).view(*sigma.shape, -1)
 
 
 def zero_linear(in_features: int, out_features: int) -> BD3LMLinear:
@@ -186,7 +191,7 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
 
     def modulation(self, condition: torch.Tensor | None) -> Modulation:
         """Shift, scale and gate of the attention, then of the MLP, from the embedded noise level."""
-        return (None,) * 6 if condition is None else self.adaln_modulation(condition).chunk(6, dim=-1)
+        return modulation_parts(self.adaln_modulation, condition, 6) if condition is not None else (None,) * 6
 
     def forward(
         self,

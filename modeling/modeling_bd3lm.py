@@ -15,9 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_bd3lm import (
     TwoStreamLayout,
-    block_starts,
     denoising_pattern,
-    documents_from_positions,
     select_tokens,
     visibility_code,
 )
@@ -28,7 +26,6 @@ from .diffusion_bd3lm import (
     forward_process,
     sample_timesteps,
     sigma_from_mask_probability,
-    subs_loss,
 )
 from .generation_bd3lm import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
 from .layers_bd3lm import (
@@ -37,11 +34,14 @@ from .layers_bd3lm import (
     BD3LMLayerNorm,
     BD3LMNoiseEmbedding,
     Modulation,
+    modulation_parts,
     rotary_embedding,
     select_modulation,
     zero_linear,
 )
 from .linear_bd3lm import BD3LMLinear
+from .loss_bd3lm import subs_loss
+from .text_bd3lm import TextBlocks, text_code
 
 
 @dataclass
@@ -55,7 +55,8 @@ class BD3LMOutput(ModelOutput):
         past_key_values: the cache, where one was given or asked for.
         hidden_states: with `output_hidden_states`, the embeddings and the states after each layer.
         attentions: with `output_attentions`, the attention weights of each layer.
-        nelbo: w(t) * -log x_theta of each masked token and 0 elsewhere, in nats, without gradient [batch, length].
+        nelbo: w(t) * -log x_theta of each masked token and 0 elsewhere, in nats, without gradient [batch, length];
+            summed over the noised copies of the text.
     """
 
     loss: torch.Tensor | None = None
@@ -165,7 +166,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         clean_input_ids].
 
         Args:
-            input_ids: ids, masked ones among them [batch, length].
+            input_ids: ids, masked ones among them [batch, length]; with `clean_input_ids` also several noised copies
+                of the text, one after the other [batch, copies * length].
             attention_mask: 0 at padding [batch, cached + length].
             position_ids: positions, counted in real tokens of each row [batch, length]. A document begins wherever
                 they do not go up by one.
@@ -173,8 +175,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 `CommitCache`).
             inputs_embeds: embeddings in place of `input_ids` [batch, length, hidden].
             clean_input_ids: x_0 [batch, length]; `input_ids` is x_t then.
-            timesteps: sigma of each row [batch], for all that is given, or of each token of `input_ids` [batch,
-                length]; clean tokens have sigma 0 then. None means 0.
+            timesteps: sigma of each row [batch], for all that is given, or of each token of `input_ids`; clean tokens
+                have sigma 0 then. None means 0.
             use_cache: make a cache if none is given.
             document_ids: equal for the tokens of one document of a packed row [batch, length].
             layout: which tokens of the two streams are computed; all by default.
@@ -194,7 +196,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        expected_shape = (given.shape[0], past_length + given.shape[1])
+        text = given if clean_input_ids is None else clean_input_ids
+        expected_shape = (text.shape[0], past_length + text.shape[1])
         if attention_mask is not None and attention_mask.shape != expected_shape:
             raise ValueError(
                 "`attention_mask` must be of shape [batch, cached + length] = "
@@ -219,9 +222,15 @@ class BD3LMModel(BD3LMPreTrainedModel):
                     "`clean_input_ids` goes with `input_ids` alone, but got `inputs_embeds` or `past_key_values` "
                     "with it."
                 )
+            num_copies = input_ids.shape[1] // clean_input_ids.shape[1] if clean_input_ids.shape[1] else 1
+            if input_ids.shape != (text.shape[0], num_copies * text.shape[1]):
+                raise ValueError(
+                    "`clean_input_ids` must be of the shape of `input_ids`, or of each of the noised copies in it, "
+                    f"but got {list(text.shape)} for {list(input_ids.shape)}."
+                )
             if layout is None:
-                _, code = self.text_code(input_ids, attention_mask, position_ids, document_ids)
-                layout = TwoStreamLayout.of_all_tokens(code, self.config.block_size, window)
+                _, code = text_code(self.config, clean_input_ids, attention_mask, position_ids, document_ids)
+                layout = TwoStreamLayout.of_all_tokens(code, self.config.block_size, window, num_copies)
             hidden_states, position_ids, sigma = self._two_stream_pass(
                 input_ids, clean_input_ids, attention_mask, position_ids, document_ids, timesteps, layout
             )
@@ -266,39 +275,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         return [layer.modulation(condition) for layer in self.layers] + [self._final_modulation(condition)]
 
     def _final_modulation(self, condition: torch.Tensor | None) -> Modulation:
-        return (None, None) if condition is None else self.adaln_modulation(condition).chunk(2, dim=-1)
-
-    def text_code(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        document_ids: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Positions and visibility codes of uncached tokens, from whichever of the three descriptions is given.
-
-        Returns:
-            (position_ids, code), each [batch, length], or [1, length] where all rows are alike.
-        """
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        if document_ids is not None and document_ids.shape != input_ids.shape[:2]:
-            raise ValueError(
-                f"`document_ids` must be of shape [batch, length] = {list(input_ids.shape[:2])}, but got "
-                f"{list(document_ids.shape)}."
-            )
-        if position_ids is not None:
-            if document_ids is None:
-                document_ids = documents_from_positions(position_ids)
-        elif document_ids is not None:
-            first = torch.where(block_starts(document_ids), columns, 0).cummax(-1).values
-            position_ids = columns - first
-        elif attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        else:
-            position_ids = columns
-        is_padding = None if attention_mask is None else attention_mask == 0
-        return position_ids, visibility_code(position_ids, self.config.block_size, is_padding, document_ids)
+        return (None, None) if condition is None else modulation_parts(self.adaln_modulation, condition, 2)
 
     def _denoising_pass(
         self,
@@ -313,7 +290,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         length, device = hidden_states.shape[1], hidden_states.device
         if past_key_values is None:
             is_plain = attention_mask is None and position_ids is None and document_ids is None
-            position_ids, code = self.text_code(hidden_states, attention_mask, position_ids, document_ids)
+            position_ids, code = text_code(config, hidden_states, attention_mask, position_ids, document_ids)
             return position_ids, *((None, None) if is_plain and length <= config.block_size else (code, code))
 
         if document_ids is not None:
@@ -356,13 +333,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         layout: TwoStreamLayout,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Embeddings, positions and noise levels of [noisy ; clean], as far as the layout holds them."""
-        if clean_input_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"`clean_input_ids` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
-                f"{list(clean_input_ids.shape)}."
-            )
         num_clean = layout.num_clean
-        position_ids, _ = self.text_code(input_ids, attention_mask, position_ids, document_ids)
+        position_ids, _ = text_code(self.config, clean_input_ids, attention_mask, position_ids, document_ids)
 
         def both(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
             noisy = layout.select_noisy(noisy)
@@ -371,7 +343,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         hidden_states = self.embed_tokens(both(input_ids, clean_input_ids))
         if timesteps is not None:
             timesteps = timesteps[:, None] if timesteps.dim() == 1 else both(timesteps, torch.zeros_like(timesteps))
-        return hidden_states, both(position_ids, position_ids), timesteps
+        noisy_positions = position_ids.repeat(1, layout.num_copies)
+        return hidden_states, both(noisy_positions, position_ids), timesteps
 
     def _condition(self, sigma: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
         """The embedded noise level: one for everything [cond_dim], or [batch, 1 or length, cond_dim]."""
@@ -410,7 +383,9 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        document_ids: torch.LongTensor | None = None,
         noise_interval: tuple[float, float] | None = None,
+        loss_weights: torch.FloatTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BD3LMOutput:
@@ -419,36 +394,55 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
 
         Without `labels`, `input_ids` are the ids that the network reads, masked ones among them, and `logits` are
         raw: the SUBS rules are applied where they are used ([`subs_log_probs`]). With `labels`, `input_ids` is the
-        text x_0; noise is drawn here from torch's global generator, and no logits are returned.
+        text x_0; noise is drawn here from torch's global generator, and no logits are returned. Noise drawn elsewhere
+        comes as x_t in `input_ids`, x_0 in `clean_input_ids`, and the `loss_weights`.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, clean_input_ids, timesteps,
-                use_cache: see [`BD3LMModel.forward`]; `document_ids` as well.
+                use_cache, document_ids: see [`BD3LMModel.forward`].
             labels: the clean id of each token to be predicted, -100 for tokens that are neither masked nor predicted
                 (prompts, padding) [batch, length]; not shifted.
             logits_to_keep: compute the logits of the last so many positions, or of these positions; 0 means all.
             noise_interval: (beta, omega) that t is drawn from, in place of `config.noise_interval` when training and
                 of the full interval otherwise.
+            loss_weights: weight in the loss of each masked token of `input_ids`, of its shape; goes with `labels` and
+                `clean_input_ids`.
             num_items_in_batch: denominator of the loss in place of the number of predicted tokens.
 
         Raises:
             ValueError: see [`BD3LMModel.forward`]; `labels` together with what only a denoising pass takes, or
-                holding the mask token.
+                holding the mask token; noise of which a part is missing.
         """
         if labels is not None:
-            if (
-                clean_input_ids is not None
-                or past_key_values is not None
-                or input_ids is None
-                or timesteps is not None
-            ):
+            if input_ids is None or past_key_values is not None:
                 raise ValueError(
-                    "`labels` go with the text in `input_ids` alone: noise is drawn inside. Got one of "
-                    "`clean_input_ids`, `past_key_values`, `inputs_embeds`, `timesteps` with them."
+                    "`labels` go with `input_ids`, but got `inputs_embeds` or `past_key_values` with them."
                 )
-            return self._training_loss(
-                input_ids, attention_mask, position_ids, labels, noise_interval, num_items_in_batch, **kwargs
-            )
+            text = {
+                "labels": labels,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "document_ids": document_ids,
+            }
+            if clean_input_ids is None:
+                if timesteps is not None or loss_weights is not None:
+                    raise ValueError(
+                        "`labels` without `clean_input_ids` ask for noise to be drawn here, but got `timesteps` or "
+                        "`loss_weights`, which belong to noise drawn elsewhere."
+                    )
+                blocks = TextBlocks.of_batch(self.config, input_ids, **text)
+                noise = self._draw_noise(input_ids, blocks, noise_interval)
+                text["clean_input_ids"] = input_ids
+            elif loss_weights is None or noise_interval is not None:
+                raise ValueError(
+                    "`labels` with `clean_input_ids` take noise drawn elsewhere, so `loss_weights` must be given and "
+                    f"`noise_interval` not, but got {type(loss_weights).__name__} and {noise_interval}."
+                )
+            else:
+                blocks = TextBlocks.of_batch(self.config, clean_input_ids, **text)
+                noise = {"input_ids": input_ids, "timesteps": timesteps, "loss_weights": loss_weights}
+                text["clean_input_ids"] = clean_input_ids
+            return self._denoising_loss(blocks, **noise, **text, num_items_in_batch=num_items_in_batch, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -458,6 +452,7 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             clean_input_ids=clean_input_ids,
             timesteps=timesteps,
             use_cache=use_cache,
+            document_ids=document_ids,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -468,81 +463,71 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _training_loss(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        labels: torch.Tensor,
-        noise_interval: tuple[float, float] | None,
-        num_items_in_batch: int | torch.Tensor | None,
-        document_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> BD3LMOutput:
-        """The NELBO estimate of arXiv 2503.09573, Eq. 8, over one draw of t per block and of x_t."""
+    def _draw_noise(
+        self, x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None
+    ) -> dict[str, torch.Tensor | None]:
+        """One draw of t per block and of x_t; what goes with the text to [`_denoising_loss`]."""
         config = self.config
-        for name, value in (("labels", labels), ("attention_mask", attention_mask)):
-            if value is not None and value.shape != input_ids.shape:
-                raise ValueError(
-                    f"`{name}` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
-                    f"{list(value.shape)}."
-                )
-        position_ids, code = self.model.text_code(input_ids, attention_mask, position_ids, document_ids)
-        predicted = labels != -100
-        if attention_mask is not None:
-            real = attention_mask != 0
-            if ((real & block_starts(real)).sum(-1) > 1).any():
-                raise ValueError(
-                    "`attention_mask` must have the real tokens of each row next to each other, but got padding "
-                    "between them."
-                )
-            predicted = predicted & real
-        if config.ignore_bos:
-            predicted = predicted & (position_ids != 0)
-        is_mask_token = (labels == config.mask_token_id) | (input_ids == config.mask_token_id)
-        if (predicted & is_mask_token).any():
-            raise ValueError(
-                f"`labels` must not hold the mask token ({config.mask_token_id}), nor `input_ids` where a label is "
-                "given: a clean token is never masked. Set the label to -100 there."
-            )
-
         if noise_interval is None:
             noise_interval = config.noise_interval if self.training else FULL_NOISE_INTERVAL
         schedule = NOISE_SCHEDULES[config.noise_schedule]
-        block = (block_starts(code).long().cumsum(-1) - 1).expand(input_ids.shape)
-        num_blocks = int(block.max()) + 1
-        t = sample_timesteps(input_ids.shape[0], num_blocks, noise_interval, device=input_ids.device).gather(1, block)
-        mask_probability, loss_weight = schedule.mask_probability(t), schedule.loss_weight(t)
-        x_t = forward_process(input_ids, mask_probability, config.mask_token_id, maskable=predicted)
-        masked = (x_t == config.mask_token_id) & predicted
+        num_blocks = int(blocks.block.max()) + 1
+        t = sample_timesteps(x_0.shape[0], num_blocks, noise_interval, device=x_0.device).gather(1, blocks.block)
+        mask_probability = schedule.mask_probability(t)
+        return {
+            "input_ids": forward_process(x_0, mask_probability, config.mask_token_id, maskable=blocks.predicted),
+            "timesteps": sigma_from_mask_probability(mask_probability) if config.time_conditioning else None,
+            "loss_weights": schedule.loss_weight(t),
+        }
 
+    def _denoising_loss(
+        self,
+        blocks: TextBlocks,
+        input_ids: torch.Tensor,
+        timesteps: torch.Tensor | None,
+        loss_weights: torch.Tensor,
+        clean_input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BD3LMOutput:
+        """The NELBO estimate of arXiv 2503.09573, Eq. 8, over the x_t in `input_ids`."""
+        config = self.config
+        if loss_weights.shape != input_ids.shape:
+            raise ValueError(
+                f"`loss_weights` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
+                f"{list(loss_weights.shape)}."
+            )
+        num_copies = input_ids.shape[1] // clean_input_ids.shape[1]
+        masked = (input_ids == config.mask_token_id) & blocks.predicted.repeat(1, num_copies)
         if config._attn_implementation == "flex_attention":
             # Its block masks are made per shape, so the shapes stay the same at every step.
-            layout = TwoStreamLayout.of_all_tokens(code, config.block_size, config.window_in_blocks)
+            layout = TwoStreamLayout.of_all_tokens(blocks.code, config.block_size, config.window_in_blocks, num_copies)
             is_prediction = masked
         else:
             layout, is_prediction = TwoStreamLayout.of_predictions(
-                code, masked, config.block_size, config.window_in_blocks
+                blocks.code, masked, config.block_size, config.window_in_blocks
             )
         outputs = self.model(
-            input_ids=x_t,
-            clean_input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            timesteps=sigma_from_mask_probability(mask_probability) if config.time_conditioning else None,
-            document_ids=document_ids,
-            layout=layout,
-            **kwargs,
+            input_ids=input_ids, clean_input_ids=clean_input_ids, timesteps=timesteps, layout=layout, **kwargs
         )
-        denominator = predicted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        weights = loss_weight[masked]
+        if num_items_in_batch is None:
+            num_items_in_batch = blocks.predicted.sum().clamp(min=1)
+        weights = loss_weights[masked].float()
         loss, nats = subs_loss(
-            outputs.last_hidden_state[is_prediction], labels[masked], weights, self.lm_head, config.mask_token_id
+            outputs.last_hidden_state[is_prediction],
+            labels.repeat(1, num_copies)[masked],
+            weights,
+            self.lm_head,
+            config.mask_token_id,
         )
         nelbo = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
         nelbo[masked] = weights * nats
         return BD3LMOutput(
-            loss=loss / denominator, hidden_states=outputs.hidden_states, attentions=outputs.attentions, nelbo=nelbo
+            loss=loss / num_items_in_batch,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            nelbo=nelbo.unflatten(1, (num_copies, -1)).sum(1),
         )
 
 

@@ -201,7 +201,7 @@ def test_padding_between_tokens_has_no_loss():
         ),
         (
             {"input_ids": torch.ones(1, 4, dtype=torch.long), "clean_input_ids": torch.ones(1, 5, dtype=torch.long)},
-            "`clean_input_ids` must be of the shape of `input_ids`, [1, 4], but got [1, 5]",
+            "`clean_input_ids` must be of the shape of `input_ids`, or of each of the noised copies in it, but got [1",
         ),
         (
             {"input_ids": torch.ones(1, 4, dtype=torch.long), "document_ids": torch.ones(1, 5, dtype=torch.long)},
@@ -217,7 +217,7 @@ def test_padding_between_tokens_has_no_loss():
         ),
         (
             {"inputs_embeds": torch.ones(1, 4, 32), "labels": torch.ones(1, 4, dtype=torch.long)},
-            "`labels` go with the text in `input_ids` alone",
+            "`labels` go with `input_ids`, but got `inputs_embeds`",
         ),
     ],
 )

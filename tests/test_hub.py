@@ -23,6 +23,7 @@ SOURCES = {
     "generation_bd3lm.py",
     "layers_bd3lm.py",
     "linear_bd3lm.py",
+    "loss_bd3lm.py",
     "modeling_bd3lm.py",
     "samplers_bd3lm.py",
 }

@@ -9,7 +9,7 @@ from conftest import random_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf import BD3LMForMaskedLM
-from bd3lm_hf.modeling.diffusion_bd3lm import SubsCrossEntropy, subs_loss
+from bd3lm_hf.modeling.loss_bd3lm import SubsCrossEntropy, subs_loss
 
 
 # How many standard errors an average may lie from its expectation: with 100 batches, about 1 false alarm in 10,000.
@@ -261,11 +261,16 @@ class TestWhichTokensCount:
         with pytest.raises(ValueError, match="`noise_interval`.*0 <= beta <= omega <= 1"):
             model(input_ids=x_0, labels=x_0, noise_interval=interval)
 
-    @pytest.mark.parametrize("extra", ["clean_input_ids", "timesteps"])
-    def test_labels_with_noise_of_ones_own_are_refused(self, model, extra):
+    @pytest.mark.parametrize("extra", ["timesteps", "loss_weights"])
+    def test_parts_of_noise_drawn_elsewhere_without_its_text_are_refused(self, model, extra):
         x_0 = text(model, 8)
-        with pytest.raises(ValueError, match="`labels`.*noise is drawn inside"):
-            model(input_ids=x_0, labels=x_0, **{extra: x_0 if extra == "clean_input_ids" else torch.ones(1)})
+        with pytest.raises(ValueError, match="noise to be drawn here.*`timesteps` or `loss_weights`"):
+            model(input_ids=x_0, labels=x_0, **{extra: torch.zeros(x_0.shape)})
+
+    def test_noise_drawn_elsewhere_comes_with_its_weights(self, model):
+        x_0 = text(model, 8)
+        with pytest.raises(ValueError, match="`loss_weights` must be given"):
+            model(input_ids=x_0, clean_input_ids=x_0, labels=x_0)
 
 
 class TestWhichTimes:

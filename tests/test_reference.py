@@ -386,7 +386,7 @@ def test_training_under_flex_attention_on_a_cpu_is_refused(uncompiled_flex_atten
         ({}, "one of `input_ids` and `inputs_embeds`"),
         ({"input_ids": (1, 8), "inputs_embeds": (1, 8, 32)}, "one of `input_ids` and `inputs_embeds`"),
         ({"input_ids": (1, 8), "attention_mask": (1, 7)}, r"`attention_mask`.*\[1, 8\].*\[1, 7\]"),
-        ({"input_ids": (1, 8), "clean_input_ids": (1, 7)}, r"`clean_input_ids`.*\[1, 8\].*\[1, 7\]"),
+        ({"input_ids": (1, 8), "clean_input_ids": (1, 7)}, r"`clean_input_ids`.*\[1, 7\].*\[1, 8\]"),
         ({"input_ids": (1, 8), "document_ids": (1, 7)}, r"`document_ids`.*\[1, 8\].*\[1, 7\]"),
         ({"clean_input_ids": (1, 8), "inputs_embeds": (1, 8, 32)}, "`clean_input_ids`.*`input_ids`"),
     ],
