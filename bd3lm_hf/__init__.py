@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from .collators import BD3LMDataCollator
 from .conversion import convert_checkpoint, from_published_state_dict, to_published_state_dict
 from .modeling.configuration_bd3lm import BD3LMConfig
 from .modeling.denoising_bd3lm import CommitCache, EntropyStoppingCriteria
@@ -25,20 +26,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BD3LMConfig",
+    "BD3LMDataCollator",
     "BD3LMForMaskedLM",
     "BD3LMGenerateOutput",
     "BD3LMGenerationConfig",
     "BD3LMModel",
     "BD3LMOutput",
     "BD3LMPreTrainedModel",
+    "BD3LMTrainer",
+    "BD3LMTrainingArguments",
     "BlockDiffusionGenerationMixin",
     "CommitCache",
     "ConfidenceSampler",
     "EntropyStoppingCriteria",
+    "Estimate",
     "FULL_NOISE_INTERVAL",
     "FirstHittingSampler",
     "Likelihood",
     "NOISE_SCHEDULES",
+    "NoiseSampler",
     "NoiseSchedule",
     "SAMPLERS",
     "Sampler",
@@ -46,13 +52,19 @@ __all__ = [
     "evaluate_likelihood",
     "forward_process",
     "from_published_state_dict",
+    "gradient_variance",
     "load_documents",
     "load_tokenizer",
+    "nelbo_variance",
+    "noise_interval_grid",
     "pack_documents",
+    "pack_examples",
+    "prepare_finetuning",
     "sample_timesteps",
     "split_documents",
     "subs_log_probs",
     "to_published_state_dict",
+    "token_byte_counts",
     "train_tokenizer",
     "unigram_perplexity",
 ]
@@ -63,15 +75,25 @@ AutoModelForMaskedLM.register(BD3LMConfig, BD3LMForMaskedLM)
 AutoModelForCausalLM.register(BD3LMConfig, BD3LMForMaskedLM)
 
 
-# What needs the package `datasets` is imported when it is asked for.
+# What needs Trainer or the package `datasets`, slow to import, is imported when it is asked for.
 _LAZY = {
+    "BD3LMTrainer": "trainer",
+    "BD3LMTrainingArguments": "training_args",
+    "Estimate": "variance",
     "Likelihood": "evaluation",
+    "NoiseSampler": "noise",
     "evaluate_likelihood": "evaluation",
+    "gradient_variance": "variance",
     "load_documents": "data",
-    "load_tokenizer": "data",
+    "load_tokenizer": "tokenization",
+    "nelbo_variance": "variance",
+    "noise_interval_grid": "variance",
     "pack_documents": "data",
+    "pack_examples": "finetuning",
+    "prepare_finetuning": "finetuning",
     "split_documents": "data",
-    "train_tokenizer": "data",
+    "token_byte_counts": "tokenization",
+    "train_tokenizer": "tokenization",
     "unigram_perplexity": "evaluation",
 }
 

@@ -1,20 +1,28 @@
-"""Text -> tokens -> packed sequences, and the collator that batches them."""
+"""Text -> tokens -> packed sequences: corpora as tables in memory or on disk, or as streams."""
 
 import sysconfig
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from datasets import Dataset, DatasetDict, Features, List, Value
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
+
+# Whoever reads a corpus needs these with it.
+from .tokenization import (  # noqa: F401
+    MASK_TOKEN,
+    check_tokenizer,
+    encode_prompts,
+    load_tokenizer,
+    token_byte_counts,
+    train_tokenizer,
+)
 
 
 BUILTIN = "builtin"
-MASK_TOKEN = "[MASK]"
 # Files of these kinds hold one document per row; any other file is one document of plain text.
 TABLE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Tests are optional parts of an installation, and `encodings` is tables of code points rather than text.
@@ -23,11 +31,62 @@ BUILTIN_EXCLUDED = {"dist-packages", "encodings", "idle_test", "site-packages", 
 TOKENIZE_BATCH_SIZE = 100
 # A batch of documents is packed by itself and can end in one short sequence: large batches keep those rare.
 PACK_BATCH_SIZE = 10_000
+# A stream gives its first sequence only when a batch is complete.
+STREAM_PACK_BATCH_SIZE = 1000
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """
+    The columns of a table, or of a stream, whose first row is read if the stream does not know them.
+
+    Raises:
+        ValueError: if `dataset` is something else (several splits, say) or a stream without rows.
+    """
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        splits = f" with the splits {list(dataset)}; take one of them" if isinstance(dataset, dict) else ""
+        raise ValueError(
+            f"dataset must be a datasets.Dataset or IterableDataset, but got a {type(dataset).__name__}{splits}"
+        )
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    for row in dataset:
+        return list(row)
+    raise ValueError("dataset is a stream without rows")
+
+
+def map_batches(
+    dataset: Dataset | IterableDataset,
+    function: Callable[..., dict],
+    features: Features,
+    *,
+    batch_size: int,
+    desc: str,
+    with_indices: bool = False,
+    **fn_kwargs: Any,
+) -> Dataset | IterableDataset:
+    """Map `function(batch, **fn_kwargs)` over a table or a stream; its columns `features` replace all others."""
+    # A stream has no progress to show.
+    progress = {"desc": desc} if isinstance(dataset, Dataset) else {}
+    return dataset.map(
+        function,
+        batched=True,
+        batch_size=batch_size,
+        with_indices=with_indices,
+        remove_columns=column_names(dataset),
+        features=features,
+        fn_kwargs=fn_kwargs,
+        **progress,
+    )
 
 
 def load_documents(
-    source: str, *, split: str = "train", text_column: str = "text", dataset_config: str | None = None
-) -> Dataset:
+    source: str,
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    dataset_config: str | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """
     Read a corpus as a dataset with one document per row in the single column `text`.
 
@@ -40,34 +99,56 @@ def load_documents(
         split: The split of a Hub dataset, in `datasets`' notation (`"train[:10%]"`).
         text_column: The column of a Hub dataset or table that holds the text.
         dataset_config: The configuration of a Hub dataset that has several.
+        streaming: Return an `IterableDataset`, which reads (and downloads) a table or Hub dataset as it is iterated
+            over.
 
-    Plain text is held in memory; tables and Hub datasets are memory-mapped from `datasets`' cache.
+    Plain text is held in memory; tables and Hub datasets are memory-mapped from `datasets`' cache or streamed.
 
     Raises:
-        ValueError: if there is no such source, a file is not UTF-8, the column is missing or there is no text.
+        ValueError: if there is no such source, a file is not UTF-8, the column is missing or there is no text (for
+            which a streamed table is not searched).
     """
     path = Path(source).expanduser()
     if source == BUILTIN:
-        return _read_text_files(_builtin_files(), source)
+        return _read_text_files(_builtin_files(), source, streaming)
     if path.is_dir():
         suffixes = {".md", ".py", ".rst", ".txt"}
         files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
-        return _read_text_files(files, source)
+        return _read_text_files(files, source, streaming)
     if path.is_file() and path.suffix not in TABLE_FORMATS:
-        return _read_text_files([path], source)
-    if path.is_file():
-        table = datasets.load_dataset(TABLE_FORMATS[path.suffix], data_files=str(path), split="train")
-        return _select_text(table, source, text_column)
+        return _read_text_files([path], source, streaming)
+    table = load_table(source, split=split, dataset_config=dataset_config, streaming=streaming)
+    return _select_text(table, source, text_column)
+
+
+def load_table(
+    source: str, *, split: str = "train", dataset_config: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """
+    Read a table file (`.jsonl`, `.json`, `.csv`, `.parquet`) or a dataset of the Hub, with all its columns.
+
+    Args:
+        source, split, dataset_config, streaming: see [`load_documents`].
+
+    Raises:
+        ValueError: if there is no such source.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in TABLE_FORMATS:
+        return datasets.load_dataset(
+            TABLE_FORMATS[path.suffix], data_files=str(path), split="train", streaming=streaming
+        )
+    if path.exists():
+        raise ValueError(f"data={source!r} is no table; it takes {', '.join(TABLE_FORMATS)} or a Hub dataset id")
     if source.startswith((".", "/", "~")) or path.suffix in {*TABLE_FORMATS, ".txt"}:
         raise ValueError(f"data={source!r} does not exist; it takes a file, a folder, a Hub dataset id or {BUILTIN!r}")
     try:
-        table = datasets.load_dataset(source, dataset_config, split=split)
+        return datasets.load_dataset(source, dataset_config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"data={source!r} is no file or folder here and could not be loaded as a Hub dataset "
             f"(split={split!r}, dataset_config={dataset_config!r}): {error}"
         ) from error
-    return _select_text(table, source, text_column)
 
 
 def _builtin_files() -> list[Path]:
@@ -77,7 +158,7 @@ def _builtin_files() -> list[Path]:
     )
 
 
-def _read_text_files(files: list[Path], source: str) -> Dataset:
+def _read_text_files(files: list[Path], source: str, streaming: bool) -> Dataset | IterableDataset:
     texts = []
     for file in tqdm(files, desc="Reading", unit=" files", disable=len(files) < 2):
         try:
@@ -85,16 +166,18 @@ def _read_text_files(files: list[Path], source: str) -> Dataset:
         except UnicodeDecodeError as error:
             raise ValueError(f"data={source!r}: {file} is not UTF-8 text: {error}") from error
     documents = Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
-    return _require_text(documents, f"data={source!r}")
+    documents = _require_text(documents, f"data={source!r}")
+    return documents.to_iterable_dataset() if streaming else documents
 
 
-def _select_text(table: Dataset, source: str, text_column: str) -> Dataset:
-    if text_column not in table.column_names:
-        raise ValueError(f"text_column={text_column!r} is not a column of {source!r}; it has {table.column_names}")
+def _select_text(table: Dataset | IterableDataset, source: str, text_column: str) -> Dataset | IterableDataset:
+    columns = column_names(table)
+    if text_column not in columns:
+        raise ValueError(f"text_column={text_column!r} is not a column of {source!r}; it has {columns}")
     documents = table.select_columns(text_column)
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    return _require_text(documents, f"data={source!r}")
+    return documents if isinstance(documents, IterableDataset) else _require_text(documents, f"data={source!r}")
 
 
 def _require_text(documents: Dataset, name: str) -> Dataset:
@@ -156,150 +239,69 @@ def limit_bytes(documents: Dataset, max_bytes: int) -> Dataset:
     return documents
 
 
-def train_tokenizer(documents: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
-    """
-    Train a byte-level BPE tokenizer; its special tokens are `<s>`, `</s>`, `<pad>` and, with the last id, `[MASK]`.
-
-    It puts `<s>` before a text by itself, so a prompt starts as the training sequences do, and an empty one is valid.
-
-    Args:
-        documents: A dataset with the column `text`.
-        vocab_size: Number of tokens, the special ones included. A small corpus can yield fewer.
-
-    Raises:
-        ValueError: if `vocab_size` has no room for the 256 bytes and the special tokens.
-    """
-    bos_token, eos_token, pad_token = special_tokens = ["<s>", "</s>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(special_tokens) + 1
-    if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small for a byte-level tokenizer; it takes at least {smallest} "
-            f"({len(alphabet)} bytes, {', '.join(special_tokens)} and {MASK_TOKEN})"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=True
-    )
-    tokenizer.train_from_iterator((text for text in documents["text"] if text), trainer=trainer, length=len(documents))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos_token} $A", special_tokens=[(bos_token, tokenizer.token_to_id(bos_token))]
-    )
-    trained = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token
-    )
-    trained.add_special_tokens({"mask_token": MASK_TOKEN})
-    return trained
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """
-    Load a tokenizer and give it the special tokens that block diffusion needs.
-
-    A missing mask token is added with the next free id; a missing BOS falls back to the CLS or EOS token, a missing
-    EOS to the SEP or BOS token, and a missing padding token to the EOS token.
-
-    Raises:
-        ValueError: if it cannot be loaded, has no fast implementation or has none of the four boundary tokens.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer={str(name_or_path)!r} could not be loaded; it takes a folder that holds a tokenizer or the "
-            f"id of a repository on the Hub: {error}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"tokenizer={str(name_or_path)!r} is a {type(tokenizer).__name__} without a fast implementation, which "
-            "counting the bytes of each token needs"
-        )
-    tokenizer.bos_token = tokenizer.bos_token or tokenizer.cls_token or tokenizer.eos_token
-    tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token or tokenizer.bos_token
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            f"tokenizer={str(name_or_path)!r} has neither a BOS, EOS, CLS nor SEP token to tell documents apart"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.mask_token is None:
-        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config) -> None:
-    """
-    Refuse a tokenizer that is not the one a model (`config`: its `BD3LMConfig`) was made for.
-
-    A model may have spare rows in its embedding, so its vocabulary may be larger; the mask token tells them apart.
-
-    Raises:
-        ValueError: if the tokenizer has ids outside the model's vocabulary or another mask token.
-    """
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is {config.vocab_size}; "
-            "it takes the tokenizer that the model was trained with"
-        )
-    if tokenizer.mask_token_id != config.mask_token_id:
-        raise ValueError(
-            f"the tokenizer's mask_token_id is {tokenizer.mask_token_id}, the model's is {config.mask_token_id}; "
-            "it takes the tokenizer that the model was trained with"
-        )
-
-
 def pack_documents(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, *, drop_remainder: bool = True
-) -> Dataset:
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    drop_remainder: bool = True,
+) -> Dataset | IterableDataset:
     """
     Tokenize a corpus and pack it into sequences of `length` tokens.
 
     The documents are joined, each followed by EOS, and cut into pieces of `length - 1` tokens; each piece gets BOS in
     front. As the model predicts every token but the first, each token of the corpus is predicted exactly once. Special
-    tokens that are spelled out in a text are read as ordinary text.
+    tokens that are spelled out in a text are read as ordinary text. The documents of a sequence see each other;
+    `pack_examples` packs those that shall not.
+
+    Each batch of documents (10,000 of a table, 1000 of a stream) is packed by itself, so a sequence never holds text
+    of two batches, and each batch has a remainder of its own.
 
     Args:
-        documents: A dataset with the column `text`; rows without text are passed over.
+        documents: A dataset with the column `text`, a table or a stream; rows without text are passed over.
         length: Tokens of a sequence, BOS included; a multiple of the model's block size wastes no part of a block.
         drop_remainder: Leave out what does not fill a sequence (training) or keep it as a shorter one (evaluation).
 
     Returns:
-        A dataset with the columns `input_ids` and `num_bytes`: how many UTF-8 bytes of text the sequence encodes. With
-        `drop_remainder=False` the latter add up to the bytes of the corpus.
+        What `documents` is, a table or a stream, with the columns `input_ids` and `num_bytes`: how many UTF-8 bytes of
+        text the sequence encodes. With `drop_remainder=False` the latter add up to the bytes of the corpus.
 
     Raises:
-        ValueError: if `length` is less than 2 or there is not enough text for one sequence.
+        ValueError: if `length` is less than 2, there is no column `text`, or there is not enough text for one sequence
+            (which a stream does not know).
     """
     if length < 2:
         raise ValueError(f"length={length} must be at least 2: the first token of a sequence is BOS")
-    tokens = documents.map(
+    columns = column_names(documents)
+    if "text" not in columns:
+        raise ValueError(f"documents must have the column 'text'; it has {columns}")
+    is_stream = isinstance(documents, IterableDataset)
+    tokens = map_batches(
+        documents,
         _tokenize_batch,
-        batched=True,
+        Features({"input_ids": List(Value("int32")), "num_bytes": List(Value("int32"))}),
         batch_size=TOKENIZE_BATCH_SIZE,
-        fn_kwargs={"tokenizer": tokenizer},
-        remove_columns=documents.column_names,
-        features=Features({"input_ids": List(Value("int32")), "num_bytes": List(Value("int32"))}),
         desc="Tokenizing",
+        tokenizer=tokenizer,
     )
-    sequences = tokens.with_format("numpy").map(
+    sequences = map_batches(
+        tokens.with_format("numpy"),
         _pack_batch,
-        batched=True,
-        batch_size=PACK_BATCH_SIZE,
-        fn_kwargs={"bos_token_id": tokenizer.bos_token_id, "length": length, "drop_remainder": drop_remainder},
-        remove_columns=tokens.column_names,
-        features=Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")}),
+        Features({"input_ids": List(Value("int32")), "num_bytes": Value("int64")}),
+        batch_size=STREAM_PACK_BATCH_SIZE if is_stream else PACK_BATCH_SIZE,
         desc="Packing",
-    )
-    if len(sequences) == 0:
+        bos_token_id=tokenizer.bos_token_id,
+        length=length,
+        drop_remainder=drop_remainder,
+    ).with_format(None)
+    if not is_stream and len(sequences) == 0:
         num_tokens = sum(len(ids) for ids in tokens["input_ids"])
         raise ValueError(
             f"length={length}: the corpus has only {num_tokens} tokens, which do not fill one sequence"
             if num_tokens
             else "the corpus holds no text"
         )
-    return sequences.with_format(None)
+    return sequences
 
 
 def draw_sequences(sequences: Dataset, num_sequences: int, seed: int = 0) -> Dataset:
@@ -358,48 +360,6 @@ def _pack_batch(batch, bos_token_id, length, drop_remainder):
         stop -= stop % (length - 1)
     starts = range(0, stop, length - 1)
     return {
-        "input_ids": [np.append(bos_token_id, input_ids[start : start + length - 1]) for start in starts],
-        "num_bytes": [num_bytes[start : start + length - 1].sum() for start in starts],
+        "input_ids": [[bos_token_id, *input_ids[start : start + length - 1].tolist()] for start in starts],
+        "num_bytes": [int(num_bytes[start : start + length - 1].sum()) for start in starts],
     }
-
-
-def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
-    """
-    Prompts as the training sequences start: BOS in front, no EOS behind, padded on the left.
-
-    Returns:
-        `input_ids` and `attention_mask` [batch, length].
-    """
-    encoded = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-    rows = [[tokenizer.bos_token_id, *ids] for ids in encoded]
-    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-
-
-@dataclass
-class PackedSequenceCollator:
-    """
-    Batch sequences for training and evaluation, with the tokens themselves as labels.
-
-    Shorter sequences are padded on the right, with label -100 and attention mask 0. With `ignore_bos`, the first token
-    has label -100 too: the model predicts none there, and Trainer counts labels to scale the loss. Unlike
-    `DataCollatorForLanguageModeling`, it tells padding by position and not by token, so an EOS stays a target for
-    tokenizers that pad with EOS.
-
-    Returns:
-        `input_ids` and `labels` [batch, length], and, only where something was padded, `attention_mask`.
-    """
-
-    pad_token_id: int
-    ignore_bos: bool = True
-
-    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
-        rows = [torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features]
-        lengths = torch.tensor([len(row) for row in rows])
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        batch = {"input_ids": input_ids, "labels": input_ids.masked_fill(attention_mask == 0, -100)}
-        if self.ignore_bos:
-            batch["labels"][:, 0] = -100
-        if lengths.min() < lengths.max():
-            batch["attention_mask"] = attention_mask
-        return batch

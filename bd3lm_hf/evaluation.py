@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .data import PackedSequenceCollator
+from .collators import BD3LMDataCollator
 from .modeling.diffusion_bd3lm import NOISE_SCHEDULES
+
+# Whoever measures likelihood may ask how much its estimates vary.
+from .variance import Estimate, gradient_variance, nelbo_variance, noise_interval_grid  # noqa: F401
 
 
 @dataclass
@@ -122,7 +125,7 @@ def evaluate_likelihood(
     weight = float(NOISE_SCHEDULES[config.noise_schedule].loss_weight(torch.tensor(1.0))) if exact else 1.0
     num_draws = 1 if exact else num_draws
     noise = {"noise_interval": (1.0, 1.0)} if exact else {}
-    collate = PackedSequenceCollator(pad_token_id=config.pad_token_id or 0, ignore_bos=config.ignore_bos)
+    collate = BD3LMDataCollator(pad_token_id=config.pad_token_id or 0, ignore_bos=config.ignore_bos)
     nelbo = np.zeros((num_draws, len(rows)))
 
     was_training = model.training

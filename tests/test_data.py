@@ -1,25 +1,12 @@
 """Text becomes sequences without losing, inventing or reordering anything."""
 
 import json
-import types
 
 import pytest
-import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from bd3lm_hf import data
-from bd3lm_hf.data import (
-    PackedSequenceCollator,
-    check_tokenizer,
-    draw_sequences,
-    encode_prompts,
-    limit_bytes,
-    load_documents,
-    load_tokenizer,
-    pack_documents,
-    split_documents,
-    train_tokenizer,
-)
+from bd3lm_hf.data import draw_sequences, limit_bytes, load_documents, pack_documents, split_documents, train_tokenizer
 
 
 TEXTS = [
@@ -99,68 +86,88 @@ def test_a_sample_of_sequences_is_of_the_corpus_and_without_repeats():
         draw_sequences(sequences, 0)
 
 
-def test_prompts_start_as_training_sequences_do(tokenizer):
-    batch = encode_prompts(["def add", ""], tokenizer)
-    ids = tokenizer("def add", add_special_tokens=False)["input_ids"]
-    pad, bos = tokenizer.pad_token_id, tokenizer.bos_token_id
-    assert batch["input_ids"].tolist() == [[bos, *ids], [pad] * len(ids) + [bos]]
-    assert batch["attention_mask"].tolist() == [[1] * (len(ids) + 1), [0] * len(ids) + [1]]
+# Streams
 
 
-# Tokenizers
+def stream(texts):
+    """A stream that knows its columns only once it is read, as one from a generator or some Hub datasets."""
+    return IterableDataset.from_generator(lambda: ({"text": text} for text in texts))
 
 
-def test_trained_tokenizer_gives_the_mask_token_the_last_id(tokenizer):
-    assert tokenizer.mask_token_id == len(tokenizer) - 1 <= 300
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id}
-    assert len(special) == 4
+@pytest.mark.parametrize("drop_remainder", [True, False])
+def test_a_stream_is_packed_as_a_table_is(documents, tokenizer, drop_remainder):
+    expected = pack_documents(documents, tokenizer, 16, drop_remainder=drop_remainder)
+    for documents_of_stream in (documents.to_iterable_dataset(), stream(TEXTS)):
+        sequences = pack_documents(documents_of_stream, tokenizer, 16, drop_remainder=drop_remainder)
+        assert isinstance(sequences, IterableDataset)
+        assert sequences.column_names == expected.column_names
+        assert list(sequences) == list(expected)
 
 
-def test_trained_tokenizer_reads_any_text_and_starts_it_with_bos(tokenizer):
-    text = "\x00 never seen: Ω ≈ 𝔘\r\n\ttabs"
-    ids = tokenizer(text)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids[1:]) == text
-    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+def test_a_stream_is_read_only_as_far_as_it_is_needed(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "TOKENIZE_BATCH_SIZE", 2)
+    monkeypatch.setattr(data, "STREAM_PACK_BATCH_SIZE", 4)
+    read = []
+
+    def texts():
+        for number in range(1000):
+            read.append(number)
+            yield {"text": f"document {number} " * 5}
+
+    sequences = pack_documents(IterableDataset.from_generator(texts), tokenizer, 8)
+    assert len(list(sequences.take(3))) == 3
+    assert len(read) < 20
 
 
-def test_trained_tokenizer_survives_saving(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert len(loaded) == len(tokenizer)
-    assert loaded.mask_token_id == tokenizer.mask_token_id
-    assert loaded(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+def test_each_batch_of_documents_is_packed_by_itself(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "STREAM_PACK_BATCH_SIZE", 2)
+    texts = [f"document {number} " * 4 for number in range(6)]
+    sequences = list(pack_documents(stream(texts), tokenizer, 16, drop_remainder=False))
+    expected = [
+        row
+        for start in (0, 2, 4)
+        for row in pack_documents(Dataset.from_dict({"text": texts[start : start + 2]}), tokenizer, 16,
+                                  drop_remainder=False)
+    ]  # fmt: skip
+    assert sequences == expected
 
 
-def test_gpt2_tokenizer_gets_the_mask_token_of_the_published_checkpoints(shared_dir):
-    tokenizer = load_tokenizer(shared_dir / "tokenizers" / "gpt2")
-    assert (tokenizer.mask_token_id, len(tokenizer)) == (50257, 50258)
-    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 50256
+def test_a_table_streams(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"body": text, "id": 1}) + "\n" for text in ("x", "y")), encoding="utf-8")
+    documents = load_documents(str(path), text_column="body", streaming=True)
+    assert isinstance(documents, IterableDataset)
+    assert list(documents) == [{"text": "x"}, {"text": "y"}]
+    with pytest.raises(ValueError, match="text_column='text' is not a column of .*it has .*body"):
+        load_documents(str(path), streaming=True)
 
 
-def test_tokenizers_that_cannot_serve_are_refused(monkeypatch, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="tokenizer=.* could not be loaded; it takes a folder"):
-        load_tokenizer(tmp_path)
-
-    slow = types.SimpleNamespace(is_fast=False)
-    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", lambda name: slow)
-    with pytest.raises(ValueError, match="tokenizer='slow' .* without a fast implementation"):
-        load_tokenizer("slow")
-
-    no_boundaries = types.SimpleNamespace(is_fast=True, bos_token=None, eos_token=None, cls_token=None, sep_token=None)
-    monkeypatch.setattr(data.AutoTokenizer, "from_pretrained", lambda name: no_boundaries)
-    with pytest.raises(ValueError, match="tokenizer='bare' has neither a BOS, EOS, CLS nor SEP"):
-        load_tokenizer("bare")
+def test_a_folder_streams(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name, encoding="utf-8")
+    documents = load_documents(str(tmp_path), streaming=True)
+    assert isinstance(documents, IterableDataset)
+    assert list(documents) == [{"text": "a"}, {"text": "b"}]
 
 
-def test_a_tokenizer_of_another_model_is_refused(tokenizer):
-    size = len(tokenizer)
-    check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=size, mask_token_id=size - 1))
-    check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=size + 64, mask_token_id=size - 1))
-    with pytest.raises(ValueError, match=f"tokenizer has {size} tokens, but the model's vocab_size is 100"):
-        check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=100, mask_token_id=99))
-    with pytest.raises(ValueError, match=f"mask_token_id is {size - 1}, the model's is 50257"):
-        check_tokenizer(tokenizer, types.SimpleNamespace(vocab_size=50258, mask_token_id=50257))
+def test_a_hub_dataset_streams(monkeypatch):
+    def load_dataset(*args, streaming, **kwargs):
+        assert streaming
+        return stream(["x", None, "y"])
+
+    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    assert list(load_documents("org/name", streaming=True)) == [{"text": "x"}, {"text": None}, {"text": "y"}]
+
+
+def test_what_is_no_dataset_of_texts_is_refused(documents, tokenizer):
+    with pytest.raises(ValueError, match=r"documents must have the column 'text'; it has \['body'\]"):
+        pack_documents(documents.rename_column("text", "body"), tokenizer, 16)
+    with pytest.raises(ValueError, match=r"got a DatasetDict with the splits \['train'\]; take one"):
+        pack_documents(DatasetDict(train=documents), tokenizer, 16)
+    with pytest.raises(ValueError, match="must be a datasets.Dataset or IterableDataset, but got a list"):
+        pack_documents(TEXTS, tokenizer, 16)
+    with pytest.raises(ValueError, match="a stream without rows"):
+        pack_documents(stream([]), tokenizer, 16)
 
 
 # Sources
@@ -196,7 +203,7 @@ def test_a_hub_dataset_is_asked_for_with_its_configuration_and_split(monkeypatch
 
     monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
     documents = load_documents("org/name", split="test", text_column="content", dataset_config="v1")
-    assert asked == [(("org/name", "v1"), {"split": "test"})]
+    assert asked == [(("org/name", "v1"), {"split": "test", "streaming": False})]
     assert documents["text"][:] == ["x", None, "y"]
 
 
@@ -244,8 +251,6 @@ def test_sizes_that_make_no_sequence_are_refused(documents, tokenizer):
         pack_documents(documents, tokenizer, 4096)
     with pytest.raises(ValueError, match="the corpus holds no text"):
         pack_documents(Dataset.from_dict({"text": ["", None]}), tokenizer, 8)
-    with pytest.raises(ValueError, match="vocab_size=259 is too small .* at least 260"):
-        train_tokenizer(documents, 259)
     with pytest.raises(ValueError, match="max_bytes=0 must be at least 1"):
         limit_bytes(documents, 0)
     for fraction in (0, 1, -0.1):
@@ -284,25 +289,3 @@ def test_the_byte_limit_cuts_the_document_that_crosses_it():
     assert limit_bytes(documents, 5)["text"][:] == ["abc", "d"]  # "é" has two bytes, and one is left for it
     assert limit_bytes(documents, 6)["text"][:] == ["abc", "dé"]
     assert limit_bytes(documents, 100)["text"][:] == ["abc", "dé", "fgh"]
-
-
-# Collator
-
-
-def test_padding_is_neither_seen_nor_predicted_but_an_eos_of_the_text_is():
-    collate = PackedSequenceCollator(pad_token_id=9)
-    batch = collate([{"input_ids": [1, 5, 9]}, {"input_ids": [1, 9]}])
-    assert batch["input_ids"].tolist() == [[1, 5, 9], [1, 9, 9]]
-    assert batch["labels"].tolist() == [[-100, 5, 9], [-100, 9, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-
-
-def test_full_sequences_need_no_attention_mask():
-    batch = PackedSequenceCollator(pad_token_id=0)([{"input_ids": torch.tensor([1, 0])}] * 2)
-    assert set(batch) == {"input_ids", "labels"}
-    assert batch["labels"].tolist() == [[-100, 0], [-100, 0]]
-
-
-def test_the_first_token_is_a_label_only_for_a_model_that_predicts_it():
-    batch = PackedSequenceCollator(pad_token_id=0, ignore_bos=False)([{"input_ids": torch.tensor([1, 0])}] * 2)
-    assert batch["labels"].tolist() == [[1, 0], [1, 0]]

@@ -12,7 +12,8 @@ import pytest
 from conftest import randomize
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, load_documents, train_tokenizer
-from bd3lm_hf.cli import main, train_arguments
+from bd3lm_hf.cli import main
+from bd3lm_hf.cli.train import train_arguments
 
 
 README = Path(__file__).parents[1] / "README.md"

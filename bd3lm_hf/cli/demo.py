@@ -6,7 +6,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from .cli import train_arguments, train_model
+from .common import make_parser
+from .train import train_arguments, train_model
 
 
 # What the demo asks of `bd3lm train`; everything else is that command's default.
@@ -14,7 +15,6 @@ TRAINING_FLAGS = {
     "data": "builtin",
     "max_bytes": 4_000_000,
     "max_eval_sequences": 128,
-    "num_draws": 2,
     "vocab_size": 2048,
     "length": 128,
     "block_size": 4,
@@ -113,3 +113,14 @@ def run_demo(output_dir: str, flags: Sequence[str] = ()) -> int:
         print(f"the demo asks for at most {bound:.1f}, a third of the unigram model's", file=sys.stderr)
         return 1
     return 0
+
+
+def run(argv: Sequence[str]) -> int:
+    """`bd3lm demo`: its own flag, and any of `bd3lm train`."""
+    parser = make_parser(
+        "demo", "Train a small block diffusion model on the Python standard library, and watch it write."
+    )
+    parser.add_argument("--output_dir", default="bd3lm-demo", help="Where the model is saved.")
+    args, training_flags = parser.parse_known_args(argv)
+
+    return run_demo(args.output_dir, training_flags)

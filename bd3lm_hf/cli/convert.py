@@ -1,0 +1,42 @@
+"""`bd3lm convert`."""
+
+import argparse
+from collections.abc import Sequence
+
+from .common import given, make_parser
+
+
+DESCRIPTION = """\
+Bring a checkpoint into this package's format, with the code that loads it where this package is not installed.
+
+SOURCE is a published checkpoint (folder or Hub id) or a Lightning .ckpt of the published training code.
+
+examples:
+  bd3lm convert kuleshov-group/bd3lm-owt-block_size4 bd3lm-block4 --tokenizer gpt2
+  bd3lm convert last.ckpt my-model --no-ema"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """`bd3lm convert`."""
+    parser = make_parser("convert", DESCRIPTION)
+    parser.add_argument("source", metavar="SOURCE", help="A published checkpoint, or a .ckpt file.")
+    parser.add_argument("destination", metavar="DEST", help="The folder to write.")
+    parser.add_argument("--tokenizer", help="Folder or Hub id of a tokenizer to save with it, mask token added.")
+    parser.add_argument(
+        "--ema",
+        dest="use_ema",
+        default=True,
+        action=argparse.BooleanOptionalAction,
+        help="Of a .ckpt, take the moving average of the weights rather than the weights.",
+    )
+    sizes = ("num_attention_heads", "block_size", "max_position_embeddings", "mask_token_id")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int, help="Of a .ckpt that does not say it.")
+    args = parser.parse_args(argv)
+
+    from ..conversion import convert_checkpoint
+
+    convert_checkpoint(
+        args.source, args.destination, tokenizer=args.tokenizer, use_ema=args.use_ema, **given(args, sizes)
+    )
+    print(f"saved to {args.destination}")
