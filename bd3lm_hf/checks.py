@@ -21,7 +21,7 @@ def check_dataset(name: str, dataset, block_size: int) -> None:
     Raises:
         ValueError: a row has no `input_ids`, its labels are of another length, or no row is as long as a block.
     """
-    rows = (dataset[index] for index in range(len(dataset))) if hasattr(dataset, "__getitem__") else iter(dataset)
+    rows = (dataset[index] for index in range(len(dataset))) if hasattr(dataset, "__len__") else iter(dataset)
     longest = 0
     for index, row in enumerate(islice(rows, NUM_CHECKED_ROWS)):
         if "input_ids" not in row:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -17,10 +18,53 @@ from bd3lm_hf.cli.train import train_arguments
 
 
 README = Path(__file__).parents[1] / "README.md"
+TRAINING = README.parent / "docs" / "training.md"
+# What the commands of docs/training.md are given in the place of their sizes.
+TINY = {
+    "--vocab_size": ["300"],
+    "--length": ["32"],
+    "--hidden_size": ["32"],
+    "--num_hidden_layers": ["1"],
+    "--max_steps": ["4"],
+    "--eval_steps": ["2"],
+    "--save_steps": ["2"],
+    "--max_eval_sequences": ["8"],
+    "--max_new_tokens": ["8"],
+    "--block_size_schedule": ["0:32", "2:4"],
+}
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page):
+    """The words of each `bd3lm` command of a page."""
+    lines = [shlex.split(line) for block in blocks("bash", page) for line in block.splitlines()]
+    return [words[1:] for words in lines if words[:1] == ["bd3lm"]]
+
+
+def run_python(page):
+    """Runs the Python of a page from top to bottom, and returns its names."""
+    namespace = {"__name__": page.stem}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile("\n".join(blocks("python", page)), page.name, "exec"), namespace)
+    return namespace
+
+
+def tiny(words):
+    """A command at a tiny size: only flags that it has are changed."""
+    changed, values = [], iter(words)
+    flag = None
+    for word in values:
+        if word.startswith("--"):
+            flag = word
+            changed += [word, *TINY.get(word, [])]
+        elif flag == "--block_size" and word == "128":
+            changed.append("32")
+        elif flag not in TINY:
+            changed.append(word)
+    return changed
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +91,7 @@ def folder(tmp_path_factory):
 
 def test_the_python_of_the_readme_runs_from_top_to_bottom(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    code = "\n".join(blocks("python"))
-    namespace = {"__name__": "readme"}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code, "README.md", "exec"), namespace)
+    namespace = run_python(README)
     assert namespace["loss"].item() > 0
     assert namespace["fast"].tokens_per_forward.item() > 1
     assert (folder / "my-model" / "modeling_bd3lm.py").exists()
@@ -59,8 +100,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(folder, monkeypatch):
 @pytest.mark.parametrize("command", ["evaluate", "generate"])
 def test_the_commands_of_the_readme_run(folder, monkeypatch, capsys, command):
     monkeypatch.chdir(folder)
-    lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
-    chosen = [words[1:] for words in lines if words[:2] == ["bd3lm", command]]
+    chosen = [words for words in commands(README) if words[0] == command]
     assert chosen
     for words in chosen:
         assert main(words) in (0, None)
@@ -68,11 +108,34 @@ def test_the_commands_of_the_readme_run(folder, monkeypatch, capsys, command):
 
 
 def test_the_train_command_of_the_readme_is_understood():
-    lines = [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
-    (words,) = (words[2:] for words in lines if words[:2] == ["bd3lm", "train"])
-    data, model, training = train_arguments(words)[:3]
+    (words,) = (words[1:] for words in commands(README) if words[0] == "train")
+    data, model, training = train_arguments(words)
     assert (data.data, data.tokenizer, data.length) == ("my_texts/", "gpt2", 512)
     assert (model.block_size, training.output_dir) == (4, "my-model")
+
+
+def test_the_page_on_training_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.txt").write_text(README.read_text(encoding="utf-8") * 4, encoding="utf-8")
+    with open("examples.jsonl", "w", encoding="utf-8") as file:
+        for number in range(100):
+            print(json.dumps({"prompt": f"{number} and 1 are ", "completion": str(number + 1)}), file=file)
+    for words in commands(TRAINING):
+        if "--resume_from_checkpoint" in words:
+            # What a run leaves that was killed while it wrote its last checkpoint.
+            Path("my-model", "checkpoint-4", "trainer_state.json").unlink()
+        assert main(tiny(words)) in (0, None)
+        printed = capsys.readouterr().out
+        if "block_size" in words and "--model" in words:
+            assert "block size 32 -> 4" in printed
+    assert json.loads(Path("my-model", "trainer_state.json").read_text())["global_step"] == 4
+    block_sizes = {
+        name: BD3LMConfig.from_pretrained(name).block_size for name in ("pretrained", "blocks-of-4", "one-run")
+    }
+    assert block_sizes == {"pretrained": 32, "blocks-of-4": 4, "one-run": 4}
+    assert Path("my-adapter", "adapter_model.safetensors").is_file()
+    namespace = run_python(TRAINING)
+    assert namespace["trainer"].state.global_step == 20
 
 
 def test_every_link_of_the_documentation_leads_somewhere():
