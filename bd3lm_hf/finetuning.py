@@ -33,6 +33,7 @@ def prepare_finetuning(
     max_length: int | None = None,
     truncation: str = "error",
     separate_turns: bool = False,
+    block_size: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Tokenize examples of prompts and what shall follow them, with labels for the latter alone.
@@ -56,6 +57,9 @@ def prepare_finetuning(
        to stop. What a template writes after that is cut off: generation never gets there, and it would stand in
        the last block, visible, telling the model where the text ends.
     4. BOS stands in front, if the tokenizer has one.
+    5. With `block_size`, further EOS fill the last block, predicted as well. In generation every block is full: a
+       model that met only texts which end where their last block ends has not learned to stop inside of one, nor
+       what stands behind the stop.
 
     A turn of the assistant that is not the last shares its last block with the start of the next message, which is
     visible there in training, but not in generation. `separate_turns` avoids that.
@@ -68,6 +72,7 @@ def prepare_finetuning(
             the EOS; what has no label left is dropped), `"drop"` leaves them out. How many were cut or dropped
             is logged.
         separate_turns: Make an example of each predicted turn of a chat, which ends there, instead of one of all.
+        block_size: The model's `config.block_size`, to fill the last block; by default it is left as it is.
 
     Returns:
         What `dataset` is, a table or a stream, with the columns `input_ids` and `labels`, of equal length.
@@ -86,6 +91,8 @@ def prepare_finetuning(
         raise ValueError(f"truncation={truncation!r} goes with a max_length, but max_length is None")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length={max_length} must be at least 2: one token to predict, and one before it")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1")
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an EOS token for the end of a completion; `load_tokenizer` gives it one")
 
@@ -99,6 +106,7 @@ def prepare_finetuning(
         with_indices=True,
         tokenizer=tokenizer,
         separate_turns=separate_turns,
+        block_size=block_size or 1,
         max_length=max_length if truncation == "error" else None,
     )
     if truncation == "error":
@@ -164,11 +172,12 @@ def pack_examples(dataset: Dataset | IterableDataset, max_length: int) -> Datase
     )
 
 
-def _tokenize_batch(batch, indices, tokenizer, separate_turns, max_length):
+def _tokenize_batch(batch, indices, tokenizer, separate_turns, block_size, max_length):
     examples = []
     for index, *values in zip(indices, *batch.values(), strict=True):
         try:
             for ids, predicted in _tokenize_example(dict(zip(batch, values)), tokenizer, separate_turns):
+                ids, predicted = _finish(ids, predicted, tokenizer, block_size)
                 if max_length is not None and len(ids) > max_length:
                     raise ValueError(
                         f"{len(ids)} tokens are more than max_length={max_length}; truncation='right' cuts such "
@@ -181,14 +190,14 @@ def _tokenize_batch(batch, indices, tokenizer, separate_turns, max_length):
 
 
 def _tokenize_example(example, tokenizer, separate_turns) -> list[tuple[list[int], list[bool]]]:
-    """Of each example that is made of this one, the tokens, and whether they are predicted."""
+    """Of each example that is made of this one, the tokens of its texts, and whether they are predicted."""
     if "messages" in example:
         messages, num_given = _messages(example, "messages"), 0
     elif isinstance(example["prompt"], str) and isinstance(example["completion"], str):
         if not example["completion"]:
             raise ValueError("the completion is empty")
         segments = [(example["prompt"], False), (example["completion"], True)]
-        return [_finish(*_tokenize_segments(segments, tokenizer), tokenizer)]
+        return [_tokenize_segments(segments, tokenizer)]
     else:
         prompt = _messages(example, "prompt")
         messages, num_given = prompt + _messages(example, "completion"), len(prompt)
@@ -207,7 +216,7 @@ def _tokenize_example(example, tokenizer, separate_turns) -> list[tuple[list[int
     has_marks = GENERATION_MARK.search(tokenizer.get_chat_template(tools=tools))
     tokenize_chat = _tokenize_by_marks if has_marks else _tokenize_by_prefixes
     chats = [(messages[: turn + 1], turn) for turn in turns] if separate_turns else [(messages, num_given)]
-    return [_finish(*tokenize_chat(chat, num_given, tokenizer, tools), tokenizer) for chat, num_given in chats]
+    return [tokenize_chat(chat, num_given, tokenizer, tools) for chat, num_given in chats]
 
 
 def _messages(example: dict[str, Any], column: str) -> list[Message]:
@@ -279,8 +288,8 @@ def _tokenize_segments(segments, tokenizer) -> tuple[list[int], list[bool]]:
     return ids, predicted
 
 
-def _finish(ids, predicted, tokenizer) -> tuple[list[int], list[bool]]:
-    """BOS in front, and the last predicted token, an EOS, at the end."""
+def _finish(ids, predicted, tokenizer, block_size) -> tuple[list[int], list[bool]]:
+    """BOS in front, and behind the last predicted token EOS, one at least, up to the end of the block."""
     bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     if tokenizer.mask_token_id is not None and tokenizer.mask_token_id in ids:
         raise ValueError(f"the mask token {tokenizer.mask_token!r} stands in the text, which must not hold it")
@@ -294,7 +303,8 @@ def _finish(ids, predicted, tokenizer) -> tuple[list[int], list[bool]]:
         ids, predicted = [bos_token_id, *ids], [False, *predicted]
     if predicted[0]:
         raise ValueError("the prompt is empty, and the tokenizer has no BOS token to start from")
-    return ids, predicted
+    missing = -len(ids) % block_size
+    return ids + [eos_token_id] * missing, predicted + [True] * missing
 
 
 def _truncate_batch(batch, max_length, cut, log):

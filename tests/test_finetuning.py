@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import random_model
 from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import Trainer, TrainingArguments
 
 from bd3lm_hf import BD3LMDataCollator, finetuning, pack_examples, prepare_finetuning, train_tokenizer
 from bd3lm_hf.tokenization import encode_prompts
@@ -135,6 +136,16 @@ def test_no_bos_is_made_up(tokenizer):
 def test_other_columns_are_dropped(tokenizer):
     rows = [{**PAIRS[0], "source": "somewhere", "score": 1.5}]
     assert list(prepare_finetuning(pairs(rows), tokenizer)) == list(prepare_finetuning(pairs(PAIRS[:1]), tokenizer))
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_eos_fills_the_last_block_and_is_predicted(tokenizer, block_size):
+    filled = prepare_finetuning(pairs(), tokenizer, block_size=block_size)
+    for example, expected in zip(filled, prepare_finetuning(pairs(), tokenizer), strict=True):
+        missing = len(example["input_ids"]) - len(expected["input_ids"])
+        assert len(example["input_ids"]) % block_size == 0 <= missing < block_size
+        for name in ("input_ids", "labels"):
+            assert example[name] == expected[name] + [tokenizer.eos_token_id] * missing
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
@@ -418,6 +429,20 @@ def test_an_example_without_labels_is_predicted_as_a_whole():
     assert row == {"input_ids": [1, 2, 1, 3, 4], "labels": [1, 2, 1, 3, 4], "document_ids": [1, 1, 2, 2, 2]}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_trainer_hands_the_documents_on(tokenizer, tmp_path, streaming):
+    # Trainer drops the columns that are no arguments of `forward`, and documents would see each other.
+    dataset = pairs().to_iterable_dataset() if streaming else pairs()
+    trainer = Trainer(
+        model_for(tokenizer),
+        TrainingArguments(tmp_path, per_device_train_batch_size=4, use_cpu=True, report_to=[], max_steps=1),
+        train_dataset=pack_examples(prepare_finetuning(dataset, tokenizer), 64),
+        data_collator=BD3LMDataCollator(tokenizer.pad_token_id),
+    )
+    (batch,) = trainer.get_train_dataloader()
+    assert batch["document_ids"].max() > 1
+
+
 # Streams
 
 
@@ -509,6 +534,8 @@ def test_arguments_that_do_not_serve_are_refused(tokenizer):
         prepare_finetuning(pairs(), tokenizer, max_length=8, truncation="left")
     with pytest.raises(ValueError, match="truncation='drop' goes with a max_length"):
         prepare_finetuning(pairs(), tokenizer, truncation="drop")
+    with pytest.raises(ValueError, match="block_size=0 must be at least 1"):
+        prepare_finetuning(pairs(), tokenizer, block_size=0)
     with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
         prepare_finetuning(pairs(), tokenizer, max_length=1)
     with pytest.raises(ValueError, match="max_length=2, truncation='drop' leave none of the examples"):

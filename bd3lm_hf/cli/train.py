@@ -374,7 +374,13 @@ def _sequences(splits, tokenizer, data_args: DataArguments, config, seed: int):
     length = config.max_position_embeddings if data_args.length is None else data_args.length
     if data_args.examples is not None:
         train_set, held_out_set = (
-            prepare_finetuning(splits[name], tokenizer, max_length=length, truncation=data_args.truncation)
+            prepare_finetuning(
+                splits[name],
+                tokenizer,
+                max_length=length,
+                truncation=data_args.truncation,
+                block_size=config.block_size,
+            )
             for name in ("train", "held_out")
         )
         if data_args.packing:
