@@ -64,8 +64,9 @@ def what_is_missing(folder: str | Path) -> str | None:
     for file in sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".bin")):
         if not zipfile.is_zipfile(file):
             return f"{file.name} is cut short"
-    # Trainer would go on with a new optimizer. That of a sharded model is `optimizer.bin`, or a folder.
-    if not (folder / SCHEDULER_NAME).is_file() or not any(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*")):
+    # Trainer would go on with a new optimizer. That of a sharded model is `optimizer.bin`, or in a folder.
+    has_optimizer = any(folder.glob(f"{Path(OPTIMIZER_NAME).stem}*")) and (folder / SCHEDULER_NAME).is_file()
+    if not has_optimizer and not any(path.is_dir() for path in folder.iterdir()):
         return "it has no state of the optimizer; was it saved with `save_only_model`?"
     return None
 

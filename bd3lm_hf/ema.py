@@ -44,8 +44,9 @@ class AveragedWeights:
         is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
         if is_fsdp1 or any(hasattr(parameter, "ds_id") for parameter in named.values()):
             raise ValueError(
-                f"`ema_decay` averages whole weights or those sharded by FSDP2, but {'FSDP1' if is_fsdp1 else 'ZeRO-3'} "
-                "shards them; take FSDP2 (`fsdp_version: 2`), or set `ema_decay` to 0."
+                "`ema_decay` averages whole weights or those that FSDP2 shards, but "
+                f"{'FSDP1' if is_fsdp1 else 'ZeRO-3'} shards them; take FSDP2 (`fsdp_version: 2`), or set `ema_decay` "
+                "to 0."
             )
         for name, parameter in named.items():
             if parameter.dtype != torch.float32:
@@ -68,7 +69,7 @@ class AveragedWeights:
         self.averaged.update_parameters(self.parameters)
 
     def _reshard(self) -> None:
-        """Has FSDP2 gather the weights anew: some it keeps gathered after a forward pass, which would miss a change."""
+        """Has FSDP2 gather all weights anew: those that it keeps gathered after a forward pass would miss a change."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -3,13 +3,15 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from .callbacks import BlockSizeCallback, EMACallback, NoiseIntervalCallback
 from .checkpoints import check_architecture, check_complete, last_complete_checkpoint, mark_incomplete, own_class
@@ -26,6 +28,8 @@ from .variance import BlockLosses
 
 # The noise of training and that of evaluation are drawn from seeds of their own.
 TRAINING_NOISE, EVALUATION_NOISE = 0, 1
+# So many rows of a stream that is evaluated share their strata.
+STREAMED_ROWS = 1024
 # What a batch may hold beside `input_ids` that says which tokens are read, and which are predicted.
 TEXT_INPUTS = ("labels", "attention_mask", "position_ids", "document_ids")
 # Columns of what `prediction_step` returns for each block.
@@ -83,7 +87,13 @@ class BD3LMTrainer(Trainer):
         self._configure(self.config, args)
         self.noise_sampler.validate(self.config)
         if self.is_fsdp_enabled:
-            check_fsdp_plugin(self.accelerator.state.fsdp_plugin, self.config)
+            plugin = self.accelerator.state.fsdp_plugin
+            check_fsdp_plugin(plugin, self.config)
+            if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+                # accelerate has it round what goes into the model and out of it: the weights of the loss, the loss.
+                plugin.mixed_precision_policy = replace(
+                    plugin.mixed_precision_policy, cast_forward_inputs=False, output_dtype=None
+                )
         # A block size by schedule comes into force with the first step.
         block_sizes = (args.block_size_schedule or {0: self.config.block_size}).values()
         for name, dataset in _named("train_dataset", train_dataset) + _named("eval_dataset", eval_dataset):
@@ -182,7 +192,7 @@ class BD3LMTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`; while training it also chooses the noise interval, where that is due."""
         self._evaluated_batches = 0
-        self._num_evaluated_rows = self.num_examples(dataloader) or self.args.eval_batch_size
+        self._num_evaluated_rows = self.num_examples(dataloader) if has_length(dataloader) else STREAMED_ROWS
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         losses, num_bytes = self._block_losses(output.predictions)
         if self.is_in_train and not self.args.fix_noise_interval and self._search_is_due(metric_key_prefix):
@@ -192,7 +202,8 @@ class BD3LMTrainer(Trainer):
             "loss": likelihood.value,
             "nelbo": likelihood.value,
             "nelbo_standard_error": likelihood.standard_error,
-            "perplexity": math.exp(likelihood.value),
+            # Infinite for a model that diverged.
+            "perplexity": np.exp(likelihood.value),
             "nelbo_variance": losses.variance(self.config.noise_interval, self.args.masking).value,
         }
         if num_bytes:

@@ -73,6 +73,9 @@ class BD3LMTrainingArguments(TrainingArguments):
     export_ema: bool = field(default=True, metadata={"help": "Leave the model with the averaged weights at the end."})
 
     def __post_init__(self):
+        if self.greater_is_better is None:
+            # Trainer would take the greatest of any `metric_for_best_model` that is not called a loss.
+            self.greater_is_better = False
         super().__post_init__()
         if self.noise_schedule is not None and self.noise_schedule not in NOISE_SCHEDULE_NAMES:
             raise ValueError(
