@@ -74,12 +74,21 @@ class MaskedCountLaw:
         return positive / positive.sum()
 
     @property
+    def exact_count_weight(self) -> np.ndarray:
+        """The weight of a copy with k masked tokens, where k is drawn from `positive_probability`."""
+        return _where_drawn(self.weight, self.positive_probability)
+
+    @property
     def complementary_weight(self) -> np.ndarray:
         """
         The weight of each of two complementary copies, by the balance heuristic: of two copies, k tokens are masked in
         P(k) + P(m - k) on average.
         """
-        return self.weight / (self.probability + self.probability[::-1])
+        return _where_drawn(self.weight, self.probability + self.probability[::-1])
+
+
+def _where_drawn(weight: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    return np.divide(weight, probability, out=np.zeros_like(weight), where=probability > 0)
 
 
 @lru_cache(maxsize=4096)
@@ -111,8 +120,8 @@ class NoiseSampler:
     Draws the noise of a batch (arXiv 2503.09573, Sec. 5, and beyond).
 
     Attributes:
-        antithetic: deal the strata of [0, 1) to all blocks of all rows of the batch, one each; otherwise the draws are
-            independent.
+        antithetic: deal the strata of [0, 1) to all copies of all blocks of all rows of the batch, one each, so that
+            the copies of a block lie far apart; otherwise the draws are independent.
         masking: "bernoulli" masks each token of a block by itself with probability p(t). "exact_count" draws their
             number k >= 1 in place of t, stratified as t would be, and then which: the same mean of the loss without
             blocks that have nothing to predict, and without the variance of the number given t, or of t given the
@@ -257,7 +266,7 @@ class _RowText:
         count, weight = np.zeros(self.num_blocks, dtype=int), np.zeros(self.num_blocks)
         for chosen, law in self._laws():
             count[chosen] = _quantile(law.positive_probability, levels[chosen])
-            weight[chosen] = law.weight[count[chosen]] / law.positive_probability[count[chosen]]
+            weight[chosen] = law.exact_count_weight[count[chosen]]
         return self._random_tokens(count, rng), self._in_row(weight[self.block]), np.nan
 
     def exact_count_given_t(self, levels, rng):

@@ -160,12 +160,7 @@ class BlockLosses:
             chosen = self.num_tokens == num_tokens
             count = self.num_masked[chosen]
             weight[chosen] = law.weight[count] / drawn[count]
-            square = law.squared_weight
-            if masking == "exact_count":
-                # A number that is never drawn has no weight either.
-                square = np.divide(
-                    law.weight**2, law.positive_probability, out=np.zeros_like(square), where=law.weight > 0
-                )
+            square = law.squared_weight if masking == "bernoulli" else law.weight * law.exact_count_weight
             squared_weight[chosen] = square[count] / drawn[count]
         return weight, squared_weight
 
