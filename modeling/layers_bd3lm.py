@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_bd3lm import ChunkedPattern, DensePattern, select_tokens
 from .configuration_bd3lm import BD3LMConfig
-from .linear_bd3lm import BD3LMLinear
+from .linear_bd3lm import BD3LMLinear, GatedLinear, GatedMLP, NormedLinear
 
 
 # Shifts, scales and gates: one for all tokens [hidden], of each row or token [batch, 1 or length, hidden], or none.
@@ -42,13 +42,60 @@ class BD3LMLayerNorm(nn.Module):
         self, hidden_states: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         size = self.weight.shape
-        if shift is None:
-            return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps)
-        if shift.dim() == 1:
-            # One modulation for all tokens is an affine layer norm: nothing is paid per token.
-            weight, shift = (vector.to(hidden_states.dtype) for vector in (self.weight * (1 + scale), shift))
-            return nn.functional.layer_norm(hidden_states, size, weight, shift, self.eps)
+        if shift is None or shift.dim() == 1:
+            return nn.functional.layer_norm(
+                hidden_states, size, *self.affine_map(hidden_states, shift, scale), self.eps
+            )
         return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps) * (1 + scale) + shift
+
+    def affine_map(
+        self, hidden_states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of an affine layer norm: one modulation for all tokens is nothing to be paid per token."""
+        if shift is None:
+            return self.weight, None
+        return (self.weight * (1 + scale)).to(hidden_states.dtype), shift.to(hidden_states.dtype)
+
+
+def can_be_fused(*modules: nn.Module, constants: Modulation) -> bool:
+    """
+    Whether these modules are trained, all there is to calling them is in their weights, and these shifts, scales and
+    gates are alike for all tokens: then a larger function may compute them, and keep less for the gradients.
+
+    Wrapped, quantized, offloaded, parametrized, sharded and hooked modules are to be called, and a compiler decides
+    for itself what to keep.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(part is None or part.dim() == 1 for part in constants)
+        and all(
+            type(module) in (BD3LMLayerNorm, BD3LMLinear)
+            and "forward" not in vars(module)
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            and not (module._backward_hooks or module._backward_pre_hooks)
+            and type(module.weight) in (nn.Parameter, torch.Tensor)
+            and module.weight.requires_grad
+            for module in modules
+        )
+    )
+
+
+def project_normed(
+    norm: BD3LMLayerNorm, modulation: Modulation, hidden_states: torch.Tensor, *projections: nn.Module
+) -> tuple[torch.Tensor, ...]:
+    """Each projection of the layer norm of the states [..., hidden]; `modulation` is its shift and scale."""
+    if can_be_fused(norm, *projections, constants=modulation):
+        parameters = [parameter for module in projections for parameter in (module.weight, module.bias)]
+        norm_parameters = norm.affine_map(hidden_states, *modulation)
+        return NormedLinear.apply(hidden_states, *norm_parameters, norm.eps, *parameters)
+    normed = norm(hidden_states, *modulation)
+    return tuple(projection(normed) for projection in projections)
+
+
+def add_branch(residual: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """residual + gate * branch [batch, length, hidden]; the gate is [hidden], per row or token, or None."""
+    return residual + branch if gate is None else torch.addcmul(residual, branch, gate)
 
 
 class BD3LMNoiseEmbedding(nn.Module):
@@ -131,6 +178,7 @@ class BD3LMAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.hidden_dropout = config.hidden_dropout
         self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
@@ -143,25 +191,51 @@ class BD3LMAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        query_states: torch.Tensor,
+        norm: BD3LMLayerNorm,
+        modulation: Modulation,
         pattern: DensePattern | ChunkedPattern,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        query_rotary: tuple[torch.Tensor, torch.Tensor],
+        selection: torch.Tensor | slice | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [batch, keys, size] are what is seen, query_states [batch, queries, size] what sees."""
+        """
+        Args:
+            hidden_states: what is seen [batch, length, hidden].
+            norm: the layer norm before.
+            modulation: shift, scale and gate.
+            selection: the tokens that see.
+
+        Returns:
+            (hidden_states of the selection with what they saw [batch, selected, hidden], the attention's weights).
+        """
 
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
-        query = apply_rotary(heads(self.q_proj(query_states)), *query_rotary)
-        key = apply_rotary(heads(self.k_proj(hidden_states)), *rotary)
-        value = heads(self.v_proj(hidden_states))
+        shift_and_scale, gate = modulation[:2], modulation[2]
+        if selection is None:
+            query_rotary = rotary
+            query, key, value = project_normed(
+                norm, shift_and_scale, hidden_states, self.q_proj, self.k_proj, self.v_proj
+            )
+        else:
+            key, value = project_normed(norm, shift_and_scale, hidden_states, self.k_proj, self.v_proj)
+            hidden_states = select_tokens(hidden_states, selection)
+            *shift_and_scale, gate = select_modulation(modulation, selection)
+            query_rotary = tuple(select_tokens(angles[:, 0], selection)[:, None] for angles in rotary)
+            (query,) = project_normed(norm, shift_and_scale, hidden_states, self.q_proj)
+        query, key = apply_rotary(heads(query), *query_rotary), apply_rotary(heads(key), *rotary)
+        value = heads(value)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = pattern(self, query, key, value, **kwargs)
-        return self.o_proj(output.flatten(-2)), weights
+        output = output.flatten(-2)
+        drops = self.training and self.hidden_dropout > 0
+        if gate is not None and not drops and can_be_fused(self.o_proj, constants=(gate,)):
+            return GatedLinear.apply(hidden_states, output, self.o_proj.weight, self.o_proj.bias, gate), weights
+        branch = nn.functional.dropout(self.o_proj(output), self.hidden_dropout, self.training)
+        return add_branch(hidden_states, branch, gate), weights
 
 
 class BD3LMMLP(nn.Module):
@@ -169,11 +243,21 @@ class BD3LMMLP(nn.Module):
 
     def __init__(self, config: BD3LMConfig):
         super().__init__()
+        self.hidden_dropout = config.hidden_dropout
         self.up_proj = BD3LMLinear(config.hidden_size, config.intermediate_size)
         self.down_proj = BD3LMLinear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
+    def forward(self, hidden_states: torch.Tensor, norm: BD3LMLayerNorm, modulation: Modulation) -> torch.Tensor:
+        """hidden_states [batch, length, hidden]; the layer norm before, and its shift and scale and the gate."""
+        *shift_and_scale, gate = modulation
+        up, down = self.up_proj, self.down_proj
+        drops = self.training and self.hidden_dropout > 0
+        if gate is not None and not drops and can_be_fused(norm, up, down, constants=modulation):
+            norm_parameters = norm.affine_map(hidden_states, *shift_and_scale)
+            parameters = (up.weight, up.bias, down.weight, down.bias, gate)
+            return GatedMLP.apply(hidden_states, *norm_parameters, norm.eps, *parameters)
+        branch = down(nn.functional.gelu(up(norm(hidden_states, *shift_and_scale)), approximate="tanh"))
+        return add_branch(hidden_states, nn.functional.dropout(branch, self.hidden_dropout, self.training), gate)
 
 
 class BD3LMDecoderLayer(GradientCheckpointingLayer):
@@ -181,7 +265,6 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: BD3LMConfig, layer_idx: int):
         super().__init__()
-        self.hidden_dropout = config.hidden_dropout
         self.input_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = BD3LMAttention(config, layer_idx)
         self.post_attention_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -218,19 +301,7 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         """
         if modulation is None:
             modulation = self.modulation(condition)
-        attention_input = self.input_layernorm(hidden_states, *modulation[:2])
-        query_input, hidden_states = (select_tokens(states, selection) for states in (attention_input, hidden_states))
-        query_rotary = rotary
-        if selection is not None:
-            query_rotary = tuple(select_tokens(angles[:, 0], selection)[:, None] for angles in rotary)
-            modulation = select_modulation(modulation, selection)
-        branch, _ = self.self_attn(
-            attention_input, query_input, pattern, rotary, query_rotary, past_key_values, **kwargs
+        hidden_states, _ = self.self_attn(
+            hidden_states, self.input_layernorm, modulation[:3], pattern, rotary, selection, past_key_values, **kwargs
         )
-        hidden_states = self._add(hidden_states, branch, modulation[2])
-        branch = self.mlp(self.post_attention_layernorm(hidden_states, *modulation[3:5]))
-        return self._add(hidden_states, branch, modulation[5])
-
-    def _add(self, residual: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        branch = nn.functional.dropout(branch, self.hidden_dropout, self.training)
-        return residual + branch if gate is None else torch.addcmul(residual, branch, gate)
+        return self.mlp(hidden_states, self.post_attention_layernorm, select_modulation(modulation[3:], selection))

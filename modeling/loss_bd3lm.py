@@ -3,7 +3,13 @@
 import torch
 import torch.utils.checkpoint
 
-from .linear_bd3lm import BD3LMLinear, linear
+from .linear_bd3lm import BD3LMLinear, compute_dtype, linear
+
+
+# Elements of one chunk of logits: 32 MiB in float32.
+CHUNK_NUMEL = 2**23
+# Rows of the projection whose gradients are added at once.
+VOCABULARY_SLICE = 2**13
 
 
 class SubsCrossEntropy(torch.autograd.Function):
@@ -14,49 +20,73 @@ class SubsCrossEntropy(torch.autograd.Function):
     `linear_cross_entropy` does the same, but takes no weight per position.
     """
 
-    # Elements of one chunk of logits: 128 MiB in float32.
-    CHUNK_NUMEL = 2**25
-
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, targets, loss_weights, mask_token_id):
-        needs_grad = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        cross_entropy = torch.empty(len(targets), dtype=torch.float32, device=hidden_states.device)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = compute_dtype(hidden_states)
+        projection, projection_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight and len(targets) == 0 else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        nats = torch.empty(len(targets), dtype=torch.float32, device=hidden_states.device)
 
-        chunk_size = max(1, SubsCrossEntropy.CHUNK_NUMEL // weight.shape[0])
+        chunk_size = max(1, CHUNK_NUMEL // weight.shape[0])
         for start in range(0, len(targets), chunk_size):
             rows = slice(start, start + chunk_size)
-            hidden, target = hidden_states[rows], targets[rows, None]
-            logits = linear(hidden, weight, bias).float()
+            hidden, target = hidden_states[rows].to(dtype), targets[rows, None]
+            logits = linear(hidden, projection, projection_bias).float()
             logits[:, mask_token_id] = -torch.inf
-            log_normalizer = logits.logsumexp(-1, keepdim=True)
-            cross_entropy[rows] = (log_normalizer - logits.gather(-1, target)).squeeze(-1)
-            if not needs_grad:
+            log_probs = logits.log_softmax(-1)
+            del logits
+            nats[rows] = -log_probs.gather(-1, target).squeeze(-1)
+            if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            grad_logits = logits.sub_(log_normalizer).exp_()
+            grad_logits = log_probs.exp_()
             grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
-            grad_logits = grad_logits.mul_(loss_weights[rows, None]).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = linear(grad_logits, weight.t().to(hidden.dtype)).to(grad_hidden.dtype)
-            if ctx.needs_input_grad[1]:
-                product = linear(grad_logits.t(), hidden.t()).float()
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
-            if grad_bias is not None:
-                grad_bias.add_(grad_logits.sum(0))
+            grad_logits = grad_logits.mul_(loss_weights[rows, None]).to(dtype)
+            if needs_hidden:
+                grad_hidden[rows] = linear(grad_logits, projection.t())
+            if needs_weight:
+                grad_weight = add_products(grad_weight, grad_logits, hidden)
+            if needs_bias:
+                grad_bias += grad_logits.sum(0)
 
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(cross_entropy)
-        return (cross_entropy * loss_weights).sum(), cross_entropy
+        ctx.gradients = (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(nats)
+        return (nats * loss_weights).sum(), nats
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        grads = [None if grad is None else grad * grad_loss for grad in ctx.saved_tensors]
-        return *grads, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The block diffusion loss gives its gradients away in the backward pass, so that there is no second "
+                "one: call the model again instead of `backward(retain_graph=True)`."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in gradients), None, None, None
+
+
+def add_products(
+    grad_weight: torch.Tensor | None, grad_logits: torch.Tensor, hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """
+    grad_weight + grad_logits^T hidden_states [vocab, hidden] in float32, in place and with no second such matrix.
+
+    Args:
+        grad_weight: the sum so far, or None.
+        grad_logits: [rows, vocab].
+        hidden_states: [rows, hidden].
+    """
+    if grad_weight is None:
+        return linear(grad_logits.t(), hidden_states.t()).float()
+    for total, grad in zip(grad_weight.split(VOCABULARY_SLICE), grad_logits.split(VOCABULARY_SLICE, dim=1)):
+        total += linear(grad.t(), hidden_states.t())
+    return grad_weight
 
 
 def subs_loss(

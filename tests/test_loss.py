@@ -9,7 +9,8 @@ from conftest import random_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf import BD3LMForMaskedLM
-from bd3lm_hf.modeling.loss_bd3lm import SubsCrossEntropy, subs_loss
+from bd3lm_hf.modeling import loss_bd3lm
+from bd3lm_hf.modeling.loss_bd3lm import subs_loss
 
 
 # How many standard errors an average may lie from its expectation: with 100 batches, about 1 false alarm in 10,000.
@@ -342,7 +343,7 @@ class TestCost:
         assert numel == self.batch_size * self.length * self.vocab_size
 
     def test_logits_are_made_in_chunks_of_a_bounded_size(self, monkeypatch):
-        monkeypatch.setattr(SubsCrossEntropy, "CHUNK_NUMEL", 20 * self.vocab_size)
+        monkeypatch.setattr(loss_bd3lm, "CHUNK_NUMEL", 20 * self.vocab_size)
         numel, _ = self.largest(self.model(), noise_interval=(1.0, 1.0))
         # What is left are the weights and activations.
         assert numel <= max(20 * self.vocab_size, self.vocab_size * 32)
@@ -373,7 +374,7 @@ class TestSubsLoss:
     @pytest.mark.parametrize("chunk_rows", [1, 7, 50, 1000])
     @pytest.mark.parametrize("bias", [True, False])
     def test_value_and_gradients_whatever_the_chunk(self, chunk_rows, bias, monkeypatch):
-        monkeypatch.setattr(SubsCrossEntropy, "CHUNK_NUMEL", chunk_rows * 11)
+        monkeypatch.setattr(loss_bd3lm, "CHUNK_NUMEL", chunk_rows * 11)
         hidden, targets, weights, projection = self.case(bias)
         loss, nats = subs_loss(hidden, targets, weights, projection, self.mask_token_id)
         inputs = [hidden, *projection.parameters()]
