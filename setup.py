@@ -38,6 +38,7 @@ setup(
     extras_require={
         "peft": PEFT,
         "eval": ["evaluate>=0.4"],
+        "plots": ["matplotlib>=3.9"],
         "flash-attn": ["flash-attn>=2.7"],
         "dev": ["build>=1.2", "parameterized>=0.9", "pytest>=8", "ruff>=0.14", *PEFT],
     },
