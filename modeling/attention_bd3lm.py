@@ -161,6 +161,19 @@ def flex_block_mask(mask_function: Callable, query_code: torch.Tensor, key_code:
     )
 
 
+# Made outside of what is compiled, which would make it again at every step; and never of tensors that are good for
+# inference alone, since a later step may train with it.
+@torch.compiler.disable
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def plain_two_stream_block_mask(
+    length: int, block_size: int, window: int, num_copies: int, last_layer: bool, device: torch.device
+) -> BlockMask:
+    """The block mask of the pass over [x_t ; x_0] for texts without padding or documents, made once per shape."""
+    code = torch.arange(length, device=device)[None] // block_size
+    return TwoStreamLayout.of_all_tokens(code, block_size, window, num_copies)._block_mask(last_layer)
+
+
 @lru_cache(maxsize=1)
 def compiled_flex_attention() -> Callable:
     """FlexAttention compiled for each shape by itself: with symbolic shapes torch's CPU template does not compile."""
@@ -352,6 +365,7 @@ class TwoStreamLayout:
         noisy_columns: the columns of x_t that the noisy stream holds [batch, num_noisy]; None means all.
         queries: the noisy tokens whose final states are wanted, as indices into the noisy stream [batch,
             num_queries]; None means all. The last layer computes no others.
+        is_plain: whether both streams are whole, and the text has neither padding nor documents.
     """
 
     noisy_code: torch.Tensor
@@ -362,13 +376,17 @@ class TwoStreamLayout:
     num_copies: int = 1
     noisy_columns: torch.Tensor | None = None
     queries: torch.Tensor | None = None
+    is_plain: bool = False
 
     @classmethod
-    def of_all_tokens(cls, code: torch.Tensor, block_size: int, window: int, num_copies: int = 1) -> "TwoStreamLayout":
+    def of_all_tokens(
+        cls, code: torch.Tensor, block_size: int, window: int, num_copies: int = 1, is_plain: bool = False
+    ) -> "TwoStreamLayout":
         """
         Both streams whole, whatever the noise: the same shapes at every step. Codes may be [1, length] for all rows.
         """
-        return cls(code.repeat(1, num_copies), code, code.shape[1], block_size, window, num_copies)
+        noisy_code = code.repeat(1, num_copies)
+        return cls(noisy_code, code, code.shape[1], block_size, window, num_copies, is_plain=is_plain)
 
     @classmethod
     def of_predictions(
@@ -430,6 +448,10 @@ class TwoStreamLayout:
         """
         if implementation == "eager":
             return DensePattern(implementation, self._dense_mask(last_layer))
+        if implementation == "flex_attention" and self.is_plain:
+            shape = (self.length, self.block_size, self.window, self.num_copies)
+            mask = plain_two_stream_block_mask(*shape, last_layer, self.clean_code.device)
+            return DensePattern(implementation, mask)
         if implementation == "flex_attention":
             return DensePattern(implementation, self._block_mask(last_layer))
         return ChunkedPattern(self._chunks(last_layer))

@@ -8,6 +8,8 @@ What surrounds a matrix product costs little to compute and much to keep. [`Norm
 [`GatedMLP`] keep what went in, and make the rest again in the backward pass.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -27,14 +29,14 @@ def takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
     `torch.backends.mkldnn.flags(enabled=False)` leaves all products to MKL.
     """
     return (
-        states.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and states.device.type == "cpu"
         and states.dtype == weight.dtype == torch.float32
         and type(states) is torch.Tensor
         and type(weight) in (torch.Tensor, nn.Parameter)
         and states.numel() > 0
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -74,8 +76,13 @@ class OneDNNLinear(torch.autograd.Function):
 class BD3LMLinear(nn.Linear):
     """`nn.Linear` by way of [`linear`]."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: torch.Tensor, function: Callable = linear):
+        """
+        `function(input, weight, bias)`, by default their product.
+
+        What shards the weights (FSDP2) has them whole within this call, so that is where they are to be used.
+        """
+        return function(input, self.weight, self.bias)
 
 
 def compute_dtype(states: torch.Tensor) -> torch.dtype:

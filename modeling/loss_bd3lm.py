@@ -89,6 +89,8 @@ def add_products(
     return grad_weight
 
 
+# The number of masked tokens follows the noise: torch.compile would start anew at every step.
+@torch.compiler.disable
 def subs_loss(
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
@@ -110,11 +112,16 @@ def subs_loss(
         (sum of loss_weights * -log x_theta, a scalar; -log x_theta in nats [num_masked], without gradient), in
         float32.
     """
-    is_plain = type(output_projection) in (torch.nn.Linear, BD3LMLinear) and not hasattr(output_projection, "_hf_hook")
-    if is_plain:
-        return SubsCrossEntropy.apply(
-            hidden_states, output_projection.weight, output_projection.bias, targets, loss_weights, mask_token_id
-        )
+
+    def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+        return SubsCrossEntropy.apply(hidden, weight, bias, targets, loss_weights, mask_token_id)
+
+    if not hasattr(output_projection, "_hf_hook"):
+        # Called once: under FSDP2 all processes must call it as often, however many tokens each predicts.
+        if type(output_projection).forward is BD3LMLinear.forward:
+            return output_projection(hidden_states, plain_loss)
+        if type(output_projection) is torch.nn.Linear:
+            return plain_loss(hidden_states, output_projection.weight, output_projection.bias)
 
     # A wrapped projection (an adapter, a quantized or an offloaded layer) has a forward of its own.
     def cross_entropy(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -502,7 +502,10 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         masked = (input_ids == config.mask_token_id) & blocks.predicted.repeat(1, num_copies)
         if config._attn_implementation == "flex_attention":
             # Its block masks are made per shape, so the shapes stay the same at every step.
-            layout = TwoStreamLayout.of_all_tokens(blocks.code, config.block_size, config.window_in_blocks, num_copies)
+            is_plain = all(kwargs[name] is None for name in ("attention_mask", "position_ids", "document_ids"))
+            layout = TwoStreamLayout.of_all_tokens(
+                blocks.code, config.block_size, config.window_in_blocks, num_copies, is_plain
+            )
             is_prediction = masked
         else:
             layout, is_prediction = TwoStreamLayout.of_predictions(

@@ -4,6 +4,8 @@ import pytest
 import torch
 from conftest import random_model
 
+from bd3lm_hf.modeling import attention_bd3lm
+from bd3lm_hf.modeling.attention_bd3lm import flex_block_mask
 from bd3lm_hf.modeling.text_bd3lm import TextBlocks
 from bd3lm_hf.noise import NoiseSampler
 
@@ -128,3 +130,29 @@ def test_shapes_that_are_no_whole_number_of_copies_are_refused(name, size):
     batch = noised_batch(model)
     with pytest.raises(ValueError, match=f"{name}|clean_input_ids"):
         model(**{**batch, name: batch[name][:, :size]})
+
+
+def test_the_block_mask_of_plain_texts_is_made_once_per_shape(monkeypatch):
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return flex_block_mask(*args)
+
+    monkeypatch.setattr(attention_bd3lm, "flex_block_mask", counted)
+    flex = random_model(attn_implementation="flex_attention")
+    dense = random_model(attn_implementation="eager")
+    # Lengths that no other test has.
+    for length, expected in ((26, 2), (26, 2), (22, 4)):
+        ids = torch.randint(22, (2, length), generator=torch.Generator().manual_seed(length))
+        losses = []
+        for model in (flex, dense):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                losses.append(model(ids, labels=ids).loss)
+        torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+        # One for the last layer, which has no clean queries, and one for the others.
+        assert len(calls) == expected
+    with torch.no_grad():
+        flex(ids, labels=ids, attention_mask=torch.ones_like(ids))
+    assert len(calls) == 6

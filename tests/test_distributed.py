@@ -41,6 +41,14 @@ CUT_BATCH = {
     "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 3,
 }
+# Rank 0 of two has more tokens to predict than are projected at once, rank 1 has not.
+UNEQUAL = {
+    **WHOLE_BATCH,
+    "max_steps": 1,
+    "lengths": [64] * 64 + [8] * 64,
+    "train_sampling_strategy": "sequential",
+    "masking": "exact_count",
+}
 
 
 def assert_same_run(folder, expected_folder, tolerance):
@@ -83,6 +91,7 @@ def one_process(tmp_path_factory):
     train(folder / "plain", **WHOLE_BATCH)
     train(folder / "complementary", **WHOLE_BATCH, **NOISES["complementary"])
     train(folder / "tied", **WHOLE_BATCH, model={"tie_word_embeddings": True})
+    train(folder / "unequal", **UNEQUAL | {"per_device_train_batch_size": 128})
     return folder
 
 
@@ -103,6 +112,7 @@ def fsdp2(tmp_path_factory):
         "plain": CUT_BATCH,
         "resumed": {**CUT_BATCH, "resume": str(folder / "plain" / "checkpoint-4")},
         "tied": {**CUT_BATCH, "model": {"tie_word_embeddings": True}},
+        "unequal": UNEQUAL | {"per_device_train_batch_size": 64},
         "checkpointing": {**CUT_BATCH, "gradient_checkpointing": True},
         "fsdp_checkpointing": {**CUT_BATCH, **fsdp_checkpointing},
         "bf16": {**CUT_BATCH, "bf16": True},
@@ -140,6 +150,10 @@ def test_two_sharded_processes_equal_one_process(one_process, fsdp2, name):
     assert {tensor: weight.shape for tensor, weight in next(averages).items()} == {
         tensor: weight.shape for tensor, weight in next(averages).items()
     }
+
+
+def test_sharded_processes_may_predict_different_numbers_of_tokens(one_process, fsdp2):
+    assert_same_run(fsdp2 / "unequal", one_process / "unequal", 1e-5)
 
 
 def test_a_sharded_run_resumes_from_its_checkpoint(fsdp2):
