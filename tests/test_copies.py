@@ -133,6 +133,8 @@ def test_shapes_that_are_no_whole_number_of_copies_are_refused(name, size):
 
 
 def test_the_block_mask_of_plain_texts_is_made_once_per_shape(monkeypatch):
+    flex = random_model(attn_implementation="flex_attention")
+    dense = random_model(attn_implementation="eager")
     calls = []
 
     def counted(*args):
@@ -140,8 +142,6 @@ def test_the_block_mask_of_plain_texts_is_made_once_per_shape(monkeypatch):
         return flex_block_mask(*args)
 
     monkeypatch.setattr(attention_bd3lm, "flex_block_mask", counted)
-    flex = random_model(attn_implementation="flex_attention")
-    dense = random_model(attn_implementation="eager")
     # Lengths that no other test has.
     for length, expected in ((26, 2), (26, 2), (22, 4)):
         ids = torch.randint(22, (2, length), generator=torch.Generator().manual_seed(length))
