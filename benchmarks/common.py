@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -35,7 +36,7 @@ SIZES = {"small": Size(384, 6, 6, 8192, 512, 4), "large": Size(768, 12, 12, 5025
 BLOCK_SIZE = 4
 
 
-def make_bd3lm(size: Size) -> BD3LMForMaskedLM:
+def make_bd3lm(size: Size, attn_implementation: str = "sdpa") -> BD3LMForMaskedLM:
     """A BD3-LM without dropout; its closed gates are opened a little, so that no branch is trivially zero."""
     torch.manual_seed(0)
     config = BD3LMConfig(
@@ -47,7 +48,7 @@ def make_bd3lm(size: Size) -> BD3LMForMaskedLM:
         block_size=BLOCK_SIZE,
         hidden_dropout=0.0,
     )
-    model = BD3LMForMaskedLM(config)
+    model = BD3LMForMaskedLM._from_config(config, attn_implementation=attn_implementation)
     for name, parameter in model.named_parameters():
         if "adaln" in name or "lm_head" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -89,40 +90,56 @@ def interleaved_medians(steps: dict[str, Callable[[], object]], repeats: int) ->
 
 def peak_memory_mib(module: str, *arguments: str) -> float:
     """
-    Peak resident memory of a fresh process that runs one step of a benchmark, less that of importing the packages.
+    Peak memory of a fresh process that runs one step of a benchmark, its weights included.
+
+    On a CPU it is the resident memory, less that of importing the packages. glibc is told to give back what is freed:
+    left to itself it keeps some, and how much differs by hundreds of MiB from run to run of the same program.
     """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
     def measure(*extra: str) -> float:
         command = [sys.executable, "-m", module, *arguments, *extra]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        return json.loads(output.splitlines()[-1])
 
     return measure("--memory-of-one-step") - measure("--memory-of-imports")
 
 
-def benchmark_arguments(description: str, names: Iterable[str]) -> argparse.Namespace:
-    """The flags of a benchmark; the hidden ones are those that `peak_memory_mib` gives its processes."""
+def benchmark_parser(description: str, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The flags that all benchmarks have; the hidden ones are those that `peak_memory_mib` gives its processes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; the median counts")
     parser.add_argument("--model", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of-one-step", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of-imports", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser
 
 
-def print_own_peak_memory() -> None:
-    """For the fresh process of `peak_memory_mib`: its peak resident memory in MiB."""
+def benchmark_arguments(description: str, names: Iterable[str]) -> argparse.Namespace:
+    """The flags of a benchmark that has no others."""
+    return benchmark_parser(description, names).parse_args()
+
+
+def print_own_peak_memory(device: str = "cpu") -> None:
+    """For the fresh process of `peak_memory_mib`: its peak memory in MiB, resident or allocated on the device."""
     status = Path("/proc/self/status")
-    if status.exists():
+    if device != "cpu":
+        mebibytes = torch.cuda.max_memory_allocated() / 2**20
+    elif status.exists():
         # `ru_maxrss` would carry over the peak of the process that started this one.
-        kibibytes = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        lines = status.read_text().splitlines()
+        mebibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     else:
-        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps(kibibytes / 1024))
+        mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(json.dumps(mebibytes))
 
 
-def machine() -> str:
+def machine(device: str = "cpu", dtype: str = "float32") -> str:
     """The machine named by its kind, and the versions that matter."""
+    versions = f"{dtype}, torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name()}, {versions}"
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -130,10 +147,7 @@ def machine() -> str:
             line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return (
-        f"{torch.get_num_threads()} threads of {model}, float32, torch {torch.__version__.split('+')[0]}, "
-        f"transformers {transformers.__version__}"
-    )
+    return f"{torch.get_num_threads()} threads of {model}, {versions}"
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

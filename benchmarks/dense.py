@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, 
 
 from bd3lm_hf import NOISE_SCHEDULES, BD3LMForMaskedLM, forward_process, sample_timesteps
 from bd3lm_hf.modeling.layers_bd3lm import BD3LMDecoderLayer
-from bd3lm_hf.modeling.linear_bd3lm import linear
+from bd3lm_hf.modeling.linear_bd3lm import compute_dtype, linear
 
 
 def dense_loss(model: BD3LMForMaskedLM, x_0: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def dense_loss(model: BD3LMForMaskedLM, x_0: torch.Tensor) -> torch.Tensor:
 
     is_mask_token = torch.arange(config.vocab_size, device=x_0.device) == config.mask_token_id
     logits = two_stream_logits(model, x_t, x_0).float()
-    log_probs = logits.masked_fill_(is_mask_token, -torch.inf).log_softmax(-1)
+    log_probs = logits.masked_fill(is_mask_token, -torch.inf).log_softmax(-1)
     # A revealed token is certain, whatever the network says.
     nats = -log_probs.gather(-1, x_0[..., None]).squeeze(-1)
     return (schedule.loss_weight(t) * nats)[is_masked].sum() / maskable.sum()
@@ -46,13 +46,10 @@ def two_stream_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Ten
     config, length = model.config, x_t.shape[1]
     positions = torch.arange(length, device=x_t.device)
     mask = two_stream_mask(positions // config.block_size)
-    # SDPA would make this of the boolean mask in each layer, and keep it there.
     states = model.model.embed_tokens(torch.cat([x_t, x_0], dim=1))
-    device_type = x_t.device.type
-    is_autocast = torch.is_autocast_enabled(device_type)
-    mask = torch.zeros(
-        mask.shape, dtype=torch.get_autocast_dtype(device_type) if is_autocast else states.dtype, device=mask.device
-    ).masked_fill_(~mask, -torch.inf)
+    # Added to the scores: SDPA would make this of the boolean mask in each layer, and keep it there.
+    dtype = compute_dtype(states)
+    mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     exponents = torch.arange(0, config.head_dim, 2, device=x_t.device) / config.head_dim
     angles = (positions[:, None] / config.rope_theta**exponents).repeat(2, 2)
     rotary = angles.cos(), angles.sin()
