@@ -26,6 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 DOCUMENT_STRIDE = 2**32
 # Queries of one chunk of the two-stream walk: large enough for full-speed matrix products, small against the length.
 QUERY_CHUNK_SIZE = 128
+# A stream has one of so many widths, whatever the noise: kernels that are made per shape, and kept, are few then.
+NUM_WIDTHS = 32
 
 
 def visibility_code(
@@ -108,15 +110,20 @@ def select_tokens(states: torch.Tensor, selection: torch.Tensor | slice | None) 
     return states.gather(1, selection[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def flagged_first(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def flagged_first(flags: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The flagged columns of each row in ascending order, filled up with others to the length of the longest row.
+
+    Args:
+        flags: bool [batch, length].
+        multiple: the number of columns is rounded up to a multiple of this, as far as there are so many.
 
     Returns:
         (columns [batch, picked], bool [batch, picked]: which of them are flagged); at least one is picked.
     """
     counts = flags.sum(-1, keepdim=True)
-    columns = flags.int().argsort(dim=-1, descending=True, stable=True)[:, : max(int(counts.max()), 1)]
+    num_picked = -(-max(int(counts.max()), 1) // multiple) * multiple
+    columns = flags.int().argsort(dim=-1, descending=True, stable=True)[:, :num_picked]
     return columns, torch.arange(columns.shape[1], device=flags.device) < counts
 
 
@@ -412,9 +419,10 @@ class TwoStreamLayout:
         block = first_of_block + torch.arange(num_copies, device=code.device).repeat_interleave(length) * length
         block_is_active = torch.zeros_like(predicted).scatter_reduce(1, block, predicted, "amax")
         active = block_is_active.gather(1, block)
-        noisy_columns, _ = flagged_first(active)
+        multiple = -(-predicted.shape[1] // NUM_WIDTHS)
+        noisy_columns, _ = flagged_first(active, multiple)
         num_clean = int(torch.where(active, first_of_block, 0).max())
-        queries, is_prediction = flagged_first(predicted.gather(1, noisy_columns))
+        queries, is_prediction = flagged_first(predicted.gather(1, noisy_columns), multiple)
         # Filled up with the row's last prediction, so that a chunk's queries stay close together.
         last = is_prediction.sum(-1, keepdim=True).clamp(min=1) - 1
         queries = torch.where(is_prediction, queries, queries.gather(1, last))

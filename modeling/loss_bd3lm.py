@@ -114,7 +114,13 @@ def subs_loss(
     """
 
     def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
-        return SubsCrossEntropy.apply(hidden, weight, bias, targets, loss_weights, mask_token_id)
+        # Rows of no weight round their number up to four binary digits, by an eighth at most: of kernels that are made
+        # per shape, and kept, there are few then.
+        padding = -len(targets) % (1 << max(len(targets).bit_length() - 4, 0))
+        padded = (torch.nn.functional.pad(part, (0, padding)) for part in (targets, loss_weights))
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, padding))
+        loss, nats = SubsCrossEntropy.apply(hidden, weight, bias, *padded, mask_token_id)
+        return loss, nats[: len(targets)]
 
     if not hasattr(output_projection, "_hf_hook"):
         # Called once: under FSDP2 all processes must call it as often, however many tokens each predicts.
