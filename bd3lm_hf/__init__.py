@@ -19,12 +19,20 @@ from .modeling.diffusion_bd3lm import (
 )
 from .modeling.generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
 from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMOutput, BD3LMPreTrainedModel
-from .modeling.samplers_bd3lm import SAMPLERS, ConfidenceSampler, FirstHittingSampler, Sampler
+from .modeling.samplers_bd3lm import (
+    SAMPLERS,
+    AncestralSampler,
+    ConfidenceSampler,
+    EntropyBoundSampler,
+    FirstHittingSampler,
+    Sampler,
+)
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AncestralSampler",
     "BD3LMConfig",
     "BD3LMDataCollator",
     "BD3LMForMaskedLM",
@@ -38,6 +46,7 @@ __all__ = [
     "BlockDiffusionGenerationMixin",
     "CommitCache",
     "ConfidenceSampler",
+    "EntropyBoundSampler",
     "EntropyStoppingCriteria",
     "Estimate",
     "FULL_NOISE_INTERVAL",

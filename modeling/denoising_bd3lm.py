@@ -5,41 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria
-from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
-from transformers.generation import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.generation import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .attention_bd3lm import flagged_first
 from .diffusion_bd3lm import sigma_from_mask_probability
-
-
-# Processors whose result does not depend on the tokens so far: any rows may share a call.
-CONTEXT_FREE_PROCESSORS = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from .prediction_bd3lm import Prediction, TokenPredictor
+from .samplers_bd3lm import BlockNoise, Sampler
 
 
 class CommitCache(Cache):
@@ -85,7 +59,8 @@ class CommitCache(Cache):
             states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
             layer.cumulative_length.sub_(num_transient)
             return states
-        if self.num_commit == 0 and type(layer) is DynamicLayer and not self.cache.offloading:
+        is_read_as_it_is = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not self.cache.offloading
+        if self.num_commit == 0 and is_read_as_it_is:
             cached_keys, cached_values = layer.keys, layer.values
         else:
             cached_keys, cached_values = self.cache.update(
@@ -95,6 +70,14 @@ class CommitCache(Cache):
             torch.cat([cached_keys, key_states[:, :, self.num_commit :]], dim=-2),
             torch.cat([cached_values, value_states[:, :, self.num_commit :]], dim=-2),
         )
+
+
+def sliding_cache(num_layers: int, window: int) -> DynamicCache:
+    """A cache that grows up to the last `window` tokens, all that a block can see, and then keeps its size."""
+    cache = DynamicCache()
+    # Transformers counts the token that is being predicted as part of the window.
+    cache.layers = [DynamicSlidingWindowLayer(sliding_window=window + 1) for _ in range(num_layers)]
+    return cache
 
 
 class EntropyStoppingCriteria(StoppingCriteria):
@@ -136,12 +119,16 @@ class Canvas:
 
     Attributes:
         tokens: prompts, then one column per new token, masked until revealed, then a margin of masked columns.
+        to_fill: the gaps of the prompts and the new columns, bool, of the shape of `tokens`.
+        num_clean: tokens in the whole blocks of each prompt before its first gap [batch].
         first_column: column of each row's position 0 [batch].
         prompt_width: columns of the prompts, padding included.
         num_new: columns to generate.
     """
 
     tokens: torch.Tensor
+    to_fill: torch.Tensor
+    num_clean: torch.Tensor
     first_column: torch.Tensor
     prompt_width: int
     num_new: int
@@ -153,6 +140,7 @@ class Canvas:
         cls,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        gaps: torch.Tensor,
         num_new: int,
         block_size: int,
         mask_token_id: int,
@@ -163,8 +151,20 @@ class Canvas:
         else:
             first_column = (attention_mask == 0).sum(-1)
         blank = input_ids.new_full((batch_size, num_new + block_size), mask_token_id)
+        to_fill = torch.cat([gaps, torch.ones_like(blank, dtype=torch.bool)], dim=1)
+        to_fill[:, prompt_width + num_new :] = False
+        # Where nothing is to be filled, all of the prompt comes before it.
+        first_gap = torch.cat([gaps, torch.ones_like(gaps[:, :1])], dim=1).int().argmax(-1)
+        num_clean = (first_gap - first_column) // block_size * block_size
         return cls(
-            torch.cat([input_ids, blank], dim=1), first_column, prompt_width, num_new, block_size, mask_token_id
+            torch.cat([input_ids, blank], dim=1),
+            to_fill,
+            num_clean,
+            first_column,
+            prompt_width,
+            num_new,
+            block_size,
+            mask_token_id,
         )
 
     @property
@@ -172,16 +172,15 @@ class Canvas:
         """Real tokens of each prompt [batch]."""
         return self.prompt_width - self.first_column
 
-    @property
-    def num_clean(self) -> torch.Tensor:
-        """Tokens in the whole blocks of each prompt [batch]."""
-        return self.prompt_length // self.block_size * self.block_size
+    def block_numbers(self, stage: int) -> list[int]:
+        """The number of each row's block, counted in the row's own positions."""
+        return (self.num_clean // self.block_size + stage).tolist()
 
     @property
     def num_stages(self) -> int:
-        """Blocks that hold a new token, in the row that has the most."""
-        partly_filled = (self.prompt_length - self.num_clean).max()
-        return -(-(int(partly_filled) + self.num_new) // self.block_size)
+        """Blocks from the first that has a token to fill to the last of the text, in the row that has the most."""
+        behind_clean = (self.prompt_length - self.num_clean).max()
+        return -(-(int(behind_clean) + self.num_new) // self.block_size)
 
     def columns(self, stage: int) -> torch.Tensor:
         """Columns of each row's block [batch, block_size]."""
@@ -196,7 +195,7 @@ class Canvas:
 
     def clean_prefix(self, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The whole blocks of the prompts, left-padded so that all rows end at a block border.
+        The whole blocks of the prompts before their first gaps, left-padded so that all rows end at a block border.
 
         Returns:
             (ids [batch, width], attention mask [batch, width], or None if no row is padded).
@@ -256,7 +255,7 @@ class GeneratedRows:
     def finish_block(self, stage: int) -> None:
         """Shows a finished block to the stopping criteria, one token after the other, and to the streamer."""
         canvas = self.canvas
-        block_end = (canvas.columns(stage)[:, -1] + 1 - canvas.prompt_width).clamp(max=canvas.num_new)
+        block_end = (canvas.columns(stage)[:, -1] + 1 - canvas.prompt_width).clamp(min=0, max=canvas.num_new)
         generated_before = self.num_generated.clone()
         for index in range(int(generated_before[self.unfinished].min()), int(block_end.max())):
             stops = self.stopping_criteria(canvas.tokens[:, : canvas.prompt_width + index + 1], None)
@@ -280,12 +279,19 @@ class GeneratedRows:
             for column in new_tokens.unbind(1):
                 self.streamer.put(column)
 
+    def _behind_end(self) -> torch.Tensor:
+        """The columns behind the ends of rows, bool [batch, columns]."""
+        columns = torch.arange(self.canvas.tokens.shape[1], device=self.canvas.tokens.device)
+        ends = self.canvas.prompt_width + self.num_generated[:, None]
+        return ~self.unfinished[:, None] & (columns >= ends)
+
     def _pad(self) -> None:
-        canvas = self.canvas
-        columns = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
-        behind = ~self.unfinished[:, None] & (columns >= canvas.prompt_width + self.num_generated[:, None])
         if self.pad_token_id is not None:
-            canvas.tokens.masked_fill_(behind, self.pad_token_id)
+            self.canvas.tokens.masked_fill_(self._behind_end(), self.pad_token_id)
+
+    def without_padding(self, record: torch.Tensor, empty: float) -> torch.Tensor:
+        """What was noted of each token [batch, columns], `empty` behind the ends of rows."""
+        return record.masked_fill(self._behind_end(), empty)
 
     def finish(self) -> torch.Tensor:
         """The sequences [batch, prompt width + generated], padded behind the end of each row since that was found."""
@@ -308,11 +314,11 @@ class DenoisingRun:
         self.model = model
         self.canvas = canvas
         self.generation_config = generation_config
-        self.logits_processor = logits_processor
-        self.shares_processor_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
+        self.predictor = TokenPredictor(logits_processor, generation_config.do_sample, model.config.mask_token_id)
         self.cache = cache
         self.modulations = model.model.constant_modulations(canvas.tokens.device)
         batch_size, device = canvas.tokens.shape[0], canvas.tokens.device
+        self.seeds = generation_config.row_seeds(batch_size)
         self.num_forward_passes = torch.zeros(batch_size, dtype=torch.long, device=device)
         # Clean tokens that the cache does not hold yet (all of them, without one), and which of all so far are real.
         self.clean, self.clean_mask = canvas.clean_prefix(0)
@@ -323,6 +329,10 @@ class DenoisingRun:
         keeps = output.return_dict_in_generate, (canvas.num_new, batch_size, model.config.vocab_size)
         self.scores = torch.full(keeps[1], -torch.inf, device=device) if keeps[0] and output.output_scores else None
         self.logits = torch.zeros(keeps[1], device=device) if keeps[0] and output.output_logits else None
+        self.reveal_steps = self.token_probabilities = None
+        if keeps[0] and output.output_reveal:
+            self.reveal_steps = torch.zeros_like(canvas.tokens)
+            self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
 
     def _check_cache(self, cache: Cache) -> None:
         canvas, num_cached = self.canvas, int(cache.get_seq_length())
@@ -350,24 +360,79 @@ class DenoisingRun:
 
     def denoise_block(self, stage: int, rows: GeneratedRows) -> None:
         """Reveals the new tokens of one block of every unfinished row."""
-        canvas, sampler = self.canvas, self.generation_config.make_sampler(self.canvas.block_size)
+        canvas = self.canvas
+        sampler = self.generation_config.make_sampler(canvas.block_size, self.model.config.noise_schedule)
         columns = canvas.columns(stage)
         block = canvas.tokens.gather(1, columns)
-        masked = (block == canvas.mask_token_id) & canvas.is_new(columns) & rows.unfinished[:, None]
-        while masked.any():
-            candidates = sampler.candidates(masked)
-            sigma = None
-            if self.model.config.time_conditioning:
-                sigma = sigma_from_mask_probability(sampler.mask_probability(masked))
-            hidden_states = self._forward(block, sigma, candidates)
-            self.num_forward_passes += masked.any(-1)
-            tokens, confidence = self._predict(hidden_states, candidates, columns, sampler.needs_confidence)
-            revealed = sampler.reveal(candidates, confidence)
-            block = torch.where(revealed, tokens, block)
+        generated = canvas.to_fill.gather(1, columns) & rows.unfinished[:, None]
+        noise = BlockNoise(self.seeds, canvas.block_numbers(stage), block.shape, block.device)
+        masked = generated
+        sampler.start(masked, noise)
+        while not sampler.is_finished(masked):
+            candidates, known = sampler.candidates(masked), generated & ~masked
+            revealed = candidates
+            # Drawn at every step: whether there is a forward may be another row's doing.
+            uniform = noise.uniform()
+            if not sampler.may_pause or candidates.any():
+                prediction = self._denoise(block, masked, candidates, columns, sampler, uniform)
+                revealed = sampler.reveal(candidates, prediction.certainty)
+                block = torch.where(revealed, prediction.tokens, block)
+                if self.reveal_steps is not None:
+                    self._record_reveal(columns, revealed, prediction)
+            masked = masked & ~revealed
+            remasked = sampler.remask(known)
+            if sampler.may_remask:
+                masked = masked | remasked
+                block = block.masked_fill(remasked, canvas.mask_token_id)
+            else:
+                # An EOS that stays ends its row.
+                masked = rows.drop_behind_eos(block, columns, masked)
             canvas.tokens.scatter_(1, columns, block)
-            masked = rows.drop_behind_eos(block, columns, masked & ~revealed)
             if hasattr(rows.streamer, "put_draft"):
                 rows.streamer.put_draft(block[canvas.is_new(columns)].cpu())
+
+    def _denoise(
+        self,
+        block: torch.Tensor,
+        masked: torch.Tensor,
+        candidates: torch.Tensor,
+        columns: torch.Tensor,
+        sampler: Sampler,
+        uniform: torch.Tensor,
+    ) -> Prediction:
+        """One forward and what it predicts; see [`TokenPredictor.predict`]."""
+        sigma = None
+        if self.model.config.time_conditioning:
+            sigma = sigma_from_mask_probability(sampler.mask_probability(masked))
+        hidden_states = self._forward(block, sigma, candidates)
+        self.num_forward_passes += candidates.any(-1)
+        logits = self.model.lm_head(hidden_states).float()
+        canvas = self.canvas
+        padding = torch.arange(canvas.tokens.shape[1], device=block.device) < canvas.first_column[:, None]
+        prediction = self.predictor.predict(
+            logits,
+            candidates,
+            columns,
+            canvas.tokens,
+            padding,
+            sampler.certainty,
+            self.reveal_steps is not None,
+            uniform,
+        )
+        row, index = candidates.nonzero()[:, 0], columns[candidates] - canvas.prompt_width
+        is_new = index >= 0
+        for kept, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
+            if kept is not None:
+                kept[index[is_new], row[is_new]] = values[is_new]
+        return prediction
+
+    def _record_reveal(self, columns: torch.Tensor, revealed: torch.Tensor, prediction: Prediction) -> None:
+        """Notes for each revealed token the row's forward that revealed it, and its probability then."""
+        for record, values in (
+            (self.reveal_steps, self.num_forward_passes[:, None].expand(columns.shape)),
+            (self.token_probabilities, prediction.probability),
+        ):
+            record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
 
     def append_block(self, stage: int) -> None:
         """Hands the finished block, as it stands in the text, to the next forward for committing."""
@@ -396,65 +461,3 @@ class DenoisingRun:
         if self.cache is not None:
             self.clean = self.clean[:, :0]
         return outputs.last_hidden_state[is_candidate]
-
-    def _predict(
-        self, hidden_states: torch.Tensor, candidates: torch.Tensor, columns: torch.Tensor, needs_confidence: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Draws a token for each candidate.
-
-        Returns:
-            (tokens [batch, block_size], the model's probability of each [batch, block_size]); arbitrary and 0
-            elsewhere.
-        """
-        logits = self.model.lm_head(hidden_states).float()
-        logits[:, self.canvas.mask_token_id] = -torch.inf
-        scores = self._process(logits, candidates, columns)
-        if self.generation_config.do_sample:
-            chosen = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(-1)
-        else:
-            chosen = scores.argmax(-1)
-        tokens = torch.zeros_like(columns)
-        tokens[candidates] = chosen
-        confidence = torch.zeros(columns.shape, device=columns.device)
-        if needs_confidence:
-            confidence[candidates] = logits.softmax(-1).gather(-1, chosen[:, None]).squeeze(-1)
-        row = candidates.nonzero()[:, 0]
-        index = columns[candidates] - self.canvas.prompt_width
-        for kept, values in ((self.scores, scores), (self.logits, logits)):
-            if kept is not None:
-                kept[index, row] = values
-        return tokens, confidence
-
-    def _process(self, logits: torch.Tensor, candidates: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Runs the logits processors on the candidates' scores [num_candidates, vocab]."""
-        tokens = self.canvas.tokens
-        if self.shares_processor_calls:
-            return self.logits_processor(tokens[candidates.nonzero()[:, 0]], logits.clone())
-        # A processor may read the tokens left of the predicted one, their number, and the index of the row: each
-        # column is processed for the whole batch. Padding reads as the mask token, which has no probability to be
-        # changed.
-        column_of = columns[candidates]
-        row_of = candidates.nonzero()[:, 0]
-        is_padding = torch.arange(tokens.shape[1], device=tokens.device) < self.canvas.first_column[:, None]
-        context = tokens.masked_fill(is_padding, self.canvas.mask_token_id)
-        scores = logits.clone()
-        for column in column_of.unique().tolist():
-            chosen = column_of == column
-            batch_scores = logits.new_zeros(tokens.shape[0], logits.shape[1])
-            batch_scores[row_of[chosen]] = logits[chosen]
-            processed = self._process_column(context[:, :column], batch_scores)
-            scores[chosen] = processed[row_of[chosen]]
-        return scores
-
-    def _process_column(self, context: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Runs the processors on the scores of one column [batch, vocab]; `context` [batch, columns before it]."""
-        for processor in self.logits_processor:
-            processed = processor(context, scores)
-            if isinstance(processor, NoRepeatNGramLogitsProcessor):
-                # An n-gram begun by tokens that are not known yet repeats nothing.
-                start = max(context.shape[1] - processor.ngram_size + 1, 0)
-                is_known = (context[:, start:] != self.canvas.mask_token_id).all(-1, keepdim=True)
-                processed = torch.where(is_known, processed, scores)
-            scores = processed
-        return scores

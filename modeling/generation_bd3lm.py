@@ -1,16 +1,19 @@
 """Block-wise generation: `generate` of Transformers, with a denoising loop in place of one token after the other."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList, TopPLogitsWarper
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
-from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows
-from .samplers_bd3lm import SAMPLERS, ConfidenceSampler, Sampler
+from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
+from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows, sliding_cache
+from .prediction_bd3lm import CERTAINTIES, PartialSortTopPLogitsWarper
+from .samplers_bd3lm import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
 
 
 class BD3LMGenerationConfig(GenerationConfig):
@@ -21,9 +24,23 @@ class BD3LMGenerationConfig(GenerationConfig):
     distribution.
 
     Args:
-        sampler: "first_hitting" (default) or "confidence"; see `samplers_bd3lm.py`.
-        denoising_steps: steps per block of the "confidence" sampler; by default as many as a block has tokens.
-        confidence_threshold: for the "confidence" sampler: reveal every token above this probability, in (0, 1].
+        sampler: "first_hitting" (default), "ancestral", "confidence", "entropy_bound", another name in `SAMPLERS`, or
+            a `Sampler`; see `samplers_bd3lm.py`.
+        denoising_steps: steps per block of the samplers "ancestral" and "confidence"; by default as many as a block
+            has tokens.
+        noise_schedule: of the sampler "ancestral"; by default the model's.
+        remask_cap: of the sampler "ancestral": the largest probability, in [0, 1], that a revealed token is masked
+            again at a step (ReMDM); 0 by default.
+        confidence_threshold: of the sampler "confidence": reveal every token above this certainty, in (0, 1].
+        certainty: of the sampler "confidence": "probability" (default), "margin" or "negative_entropy".
+        entropy_bound: of the sampler "entropy_bound": the most that the entropies of tokens which are revealed
+            together may sum up to, less the largest of them, in nats; 0 by default.
+        seed: row i of the batch, `num_return_sequences` included, draws from a generator of its own with this seed +
+            i, or with the i-th of a list. So it gets the tokens that it would get alone, and no other generator is
+            touched. By default all rows draw from torch's global generator.
+        infill: fill the mask tokens in the prompts, from both sides within their block and from the left across
+            blocks; every other token stays. Nothing is written behind the prompts unless `max_new_tokens` is given.
+        output_reveal: return which forward revealed each token, and the token's probability then.
         entropy_stop_threshold: end a row when its last `entropy_stop_window` tokens, as a distribution over ids, have
             less entropy than this, in nats (arXiv 2503.09573 takes 4.0 and 256).
         entropy_stop_window: tokens that the entropy is computed over; 256 by default.
@@ -33,9 +50,16 @@ class BD3LMGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs: Any):
-        self.sampler: str | None = kwargs.pop("sampler", None)
+        self.sampler: str | Sampler | None = kwargs.pop("sampler", None)
         self.denoising_steps: int | None = kwargs.pop("denoising_steps", None)
+        self.noise_schedule: str | None = kwargs.pop("noise_schedule", None)
+        self.remask_cap: float | None = kwargs.pop("remask_cap", None)
         self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
+        self.certainty: str | None = kwargs.pop("certainty", None)
+        self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
+        self.seed: int | list[int] | None = kwargs.pop("seed", None)
+        self.infill: bool | None = kwargs.pop("infill", None)
+        self.output_reveal: bool | None = kwargs.pop("output_reveal", None)
         self.entropy_stop_threshold: float | None = kwargs.pop("entropy_stop_threshold", None)
         self.entropy_stop_window: int | None = kwargs.pop("entropy_stop_window", None)
         super().__init__(**kwargs)
@@ -46,6 +70,8 @@ class BD3LMGenerationConfig(GenerationConfig):
             "do_sample": True,
             "top_k": 0,
             "sampler": "first_hitting",
+            "infill": False,
+            "output_reveal": False,
             "entropy_stop_window": 256,
         }
 
@@ -81,10 +107,27 @@ class BD3LMGenerationConfig(GenerationConfig):
         def is_count(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
-        require(self.sampler in SAMPLERS, "sampler", f"one of {', '.join(SAMPLERS)}")
+        def is_integer(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        require(
+            isinstance(self.sampler, Sampler) or self.sampler in SAMPLERS,
+            "sampler",
+            f"one of {', '.join(SAMPLERS)}, or a Sampler",
+        )
         require(is_count(self.denoising_steps), "denoising_steps", "an integer >= 1")
+        require(
+            self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
+        )
+        require(self.remask_cap is None or 0 <= self.remask_cap <= 1, "remask_cap", "in [0, 1]")
         threshold = self.confidence_threshold
         require(threshold is None or 0 < threshold <= 1, "confidence_threshold", "in (0, 1]")
+        require(self.certainty in CERTAINTIES, "certainty", f"one of {', '.join(CERTAINTIES)}")
+        require(self.entropy_bound is None or self.entropy_bound >= 0, "entropy_bound", "a number of nats >= 0")
+        seeds = self.seed if isinstance(self.seed, list) else [self.seed]
+        require(all(is_integer(seed) and 0 <= seed for seed in seeds), "seed", "an integer >= 0, or a list of them")
+        for field in ("infill", "output_reveal"):
+            require(isinstance(getattr(self, field), bool), field, "True or False")
         entropy = self.entropy_stop_threshold
         require(entropy is None or entropy > 0, "entropy_stop_threshold", "a number of nats > 0")
         require(is_count(self.entropy_stop_window), "entropy_stop_window", "an integer >= 1")
@@ -93,24 +136,53 @@ class BD3LMGenerationConfig(GenerationConfig):
                 "`denoising_steps` and `confidence_threshold` are two rules of the 'confidence' sampler of which one "
                 f"must be chosen, but got {self.denoising_steps} and {threshold}."
             )
+        if threshold is not None and self.certainty == "negative_entropy":
+            raise ValueError(
+                f"`confidence_threshold` is a probability or a margin, but got {threshold} with `certainty` "
+                "'negative_entropy'."
+            )
 
-    def make_sampler(self, block_size: int) -> Sampler:
+    def make_sampler(self, block_size: int, noise_schedule: str) -> Sampler:
         """
         The sampler of one block.
+
+        Args:
+            noise_schedule: the model's.
 
         Raises:
             ValueError: an argument was set that the chosen sampler does not take.
         """
-        if self.sampler == "confidence":
-            steps = block_size if self.denoising_steps is None else self.denoising_steps
-            return ConfidenceSampler(steps, self.confidence_threshold)
-        for field in ("denoising_steps", "confidence_threshold"):
+        takes = SAMPLER_ARGUMENTS.get(self.sampler, ()) if isinstance(self.sampler, str) else ()
+        for field in sorted({field for fields in SAMPLER_ARGUMENTS.values() for field in fields} - set(takes)):
             if getattr(self, field) is not None:
+                owners = [repr(name) for name, fields in SAMPLER_ARGUMENTS.items() if field in fields]
                 raise ValueError(
-                    f"`{field}` is an argument of the sampler 'confidence', but got {getattr(self, field)!r} with "
-                    f"`sampler` {self.sampler!r}."
+                    f"`{field}` is an argument of the sampler {' or '.join(owners)}, but got "
+                    f"{getattr(self, field)!r} with `sampler` {self.sampler!r}."
                 )
-        return SAMPLERS[self.sampler]()
+        if isinstance(self.sampler, Sampler):
+            return copy.deepcopy(self.sampler)
+        defaults = {
+            "denoising_steps": None if self.confidence_threshold is not None else block_size,
+            "noise_schedule": noise_schedule,
+            "entropy_bound": 0.0,
+        }
+        values = {field: getattr(self, field) for field in takes}
+        values = {field: defaults.get(field) if value is None else value for field, value in values.items()}
+        return SAMPLERS[self.sampler](**{field: value for field, value in values.items() if value is not None})
+
+    def row_seeds(self, batch_size: int) -> list[int] | None:
+        """
+        Raises:
+            ValueError: `seed` is a list of another length than the batch.
+        """
+        if self.seed is None or isinstance(self.seed, list) and len(self.seed) == batch_size:
+            return self.seed
+        if isinstance(self.seed, list):
+            raise ValueError(
+                f"`seed` must be one integer or one for each of the {batch_size} rows, but got {len(self.seed)}."
+            )
+        return [self.seed + row for row in range(batch_size)]
 
 
 @dataclass
@@ -125,6 +197,10 @@ class BD3LMGenerateOutput(ModelOutput):
         logits: with `output_logits`, the same before the processors.
         num_forward_passes: forwards in which the row had masked tokens [batch].
         tokens_per_forward: generated tokens, up to the end of the row / `num_forward_passes` [batch].
+        reveal_steps: with `output_reveal`, which of the row's forwards revealed each token, from 1; 0 for given tokens
+            and padding, of the shape of `sequences`.
+        token_probabilities: with `output_reveal`, the model's probability of each token when it was revealed, before
+            the processors; NaN for given tokens and padding, of the shape of `sequences`.
         past_key_values: the cache, which holds every block but the last.
     """
 
@@ -133,6 +209,8 @@ class BD3LMGenerateOutput(ModelOutput):
     logits: tuple[torch.Tensor, ...] | None = None
     num_forward_passes: torch.LongTensor | None = None
     tokens_per_forward: torch.Tensor | None = None
+    reveal_steps: torch.LongTensor | None = None
+    token_probabilities: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
 
 
@@ -206,8 +284,32 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     ) -> None:
         # Rows are aligned at block borders, and a block under denoising lies behind the committed ones.
         max_cache_length += 1 + 2 * self.config.block_size
+        is_given = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        window = self.config.window_in_blocks * self.config.block_size
+        cache = model_kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not cache.offloading and not is_given and window > 0:
+            model_kwargs["past_key_values"] = sliding_cache(self.config.num_hidden_layers, window)
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, *args: Any, **kwargs: Any):
+        fills_only = generation_config.infill and generation_config.max_new_tokens is None and has_default_max_length
+        generation_config = super()._prepare_generated_length(
+            generation_config, has_default_max_length, *args, **kwargs
+        )
+        if fills_only:
+            generation_config.max_length = kwargs["input_ids_length"]
+        return generation_config
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
+        if not generation_config.infill or generation_config.max_length != input_ids_length:
+            super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList(
+            PartialSortTopPLogitsWarper.of(part) if type(part) is TopPLogitsWarper else part for part in processors
         )
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
@@ -218,7 +320,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
                 criterion.max_position_embeddings = None
         return criteria
 
-    def _check_prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    def _check_prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The mask tokens of the prompts, bool [batch, length], unless there is something wrong with them."""
         vocab_size, mask_token_id = self.config.vocab_size, self.config.mask_token_id
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
@@ -246,10 +349,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
                     "set `tokenizer.padding_side = 'left'`."
                 )
             input_ids = input_ids.masked_fill(~real, -1)
-        if (input_ids == mask_token_id).any():
-            raise ValueError(
-                f"`input_ids` must not hold the mask token ({mask_token_id}): a prompt is given, not filled in."
-            )
+        return input_ids == mask_token_id
 
     def _sample(
         self,
@@ -264,14 +364,19 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         """The denoising loop; see the class. Arguments as in `GenerationMixin._sample`."""
         if synced_gpus:
             raise ValueError("`synced_gpus` must be False: rows finish blocks after different numbers of forwards.")
-        generation_config.make_sampler(self.config.block_size)
+        generation_config.make_sampler(self.config.block_size, self.config.noise_schedule)
         attention_mask = model_kwargs.get("attention_mask")
-        self._check_prompts(input_ids, attention_mask)
+        gaps = self._check_prompts(input_ids, attention_mask)
+        if gaps.any() and not generation_config.infill:
+            raise ValueError(
+                f"`input_ids` must not hold the mask token ({self.config.mask_token_id}), which only `infill=True` "
+                "fills in."
+            )
 
         # 1. Lay the rows out by blocks.
         num_new = generation_config.max_length - input_ids.shape[1]
         canvas = Canvas.of_prompts(
-            input_ids, attention_mask, num_new, self.config.block_size, self.config.mask_token_id
+            input_ids, attention_mask, gaps, num_new, self.config.block_size, self.config.mask_token_id
         )
         run = DenoisingRun(self, canvas, generation_config, logits_processor, model_kwargs.get("past_key_values"))
         rows = GeneratedRows(canvas, generation_config, stopping_criteria, streamer)
@@ -288,11 +393,18 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if not generation_config.return_dict_in_generate:
             return sequences
         num_generated = sequences.shape[1] - canvas.prompt_width
+        reveal = (run.reveal_steps, run.token_probabilities)
+        reveal_steps, token_probabilities = (
+            None if record is None else rows.without_padding(record, empty)[:, : sequences.shape[1]]
+            for record, empty in zip(reveal, (0, torch.nan), strict=True)
+        )
         return BD3LMGenerateOutput(
             sequences=sequences,
             scores=None if run.scores is None else run.scores[:num_generated].unbind(0),
             logits=None if run.logits is None else run.logits[:num_generated].unbind(0),
             num_forward_passes=run.num_forward_passes,
             tokens_per_forward=rows.num_generated / run.num_forward_passes,
+            reveal_steps=reveal_steps,
+            token_probabilities=token_probabilities,
             past_key_values=run.cache,
         )

@@ -276,3 +276,44 @@ def first_hitting_distribution(conditionals, start, masked):
             for final, q in rest.items():
                 outcome[final] = outcome.get(final, 0.0) + q * probability / len(masked)
     return outcome
+
+
+def ancestral_distribution(conditionals, start, masked, levels, remask_cap=0.0):
+    """
+    Distribution of what the ancestral sampler makes of `start`, by enumeration of what it reveals and masks again.
+
+    Args:
+        conditionals: function tuple of ids -> {position: list of the probabilities of its tokens}.
+        start: tuple of ids.
+        masked: frozenset of the positions to reveal; their id in `start` is the mask token.
+        levels: p(t) at each of the times, from 1 down to 0.
+        remask_cap: the cap of ReMDM's sigma.
+
+    Returns:
+        {tuple of ids: probability}.
+    """
+    mask_token_id = start[next(iter(masked))]
+    states = {start: 1.0}
+    for before, after in zip(levels, levels[1:]):
+        sigma = min(remask_cap, after / (1 - before)) if before < 1 else 0.0
+        reveal = (1 - after - (1 - sigma) * (1 - before)) / before
+        following = {}
+        for state, probability in states.items():
+            known = conditionals(state)
+            # Of each position: [(id after the step, probability)].
+            choices = []
+            for position, token in enumerate(state):
+                if position not in masked:
+                    choices.append([(token, 1.0)])
+                elif token == mask_token_id:
+                    revealed = [(new, reveal * p) for new, p in enumerate(known[position])]
+                    choices.append([(mask_token_id, 1 - reveal), *revealed])
+                else:
+                    choices.append([(token, 1 - sigma), (mask_token_id, sigma)])
+            for combination in itertools.product(*choices):
+                q = math.prod(p for _, p in combination)
+                if q > 0:
+                    final = tuple(token for token, _ in combination)
+                    following[final] = following.get(final, 0.0) + probability * q
+        states = following
+    return states

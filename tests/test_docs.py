@@ -19,6 +19,7 @@ from bd3lm_hf.cli.train import train_arguments
 
 README = Path(__file__).parents[1] / "README.md"
 TRAINING = README.parent / "docs" / "training.md"
+GENERATION = README.parent / "docs" / "generation.md"
 # What the commands of docs/training.md are given in the place of their sizes.
 TINY = {
     "--vocab_size": ["300"],
@@ -112,6 +113,12 @@ def test_the_train_command_of_the_readme_is_understood():
     data, model, training = train_arguments(words)
     assert (data.data, data.tokenizer, data.length) == ("my_texts/", "gpt2", 512)
     assert (model.block_size, training.output_dir) == (4, "my-model")
+
+
+def test_the_python_of_the_page_on_generation_runs_from_top_to_bottom(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    namespace = run_python(GENERATION)
+    assert tuple(namespace["output"].reveal_steps.shape) == tuple(namespace["output"].sequences.shape)
 
 
 def test_the_page_on_training_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):

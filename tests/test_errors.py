@@ -69,8 +69,26 @@ def test_fields_given_on_loading_are_checked_like_those_of_a_new_configuration(t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sampler": "magic"}, "`sampler` must be one of first_hitting, confidence, but got 'magic'"),
+        (
+            {"sampler": "magic"},
+            "`sampler` must be one of first_hitting, ancestral, confidence, entropy_bound, or a Sampler",
+        ),
         ({"sampler": "confidence", "denoising_steps": 0}, "`denoising_steps` must be an integer >= 1, but got 0"),
+        ({"sampler": "ancestral", "remask_cap": 1.5}, "`remask_cap` must be in [0, 1], but got 1.5"),
+        ({"sampler": "ancestral", "noise_schedule": "sqrt"}, "`noise_schedule` must be one of loglinear, square,"),
+        ({"sampler": "confidence", "certainty": "sure"}, "`certainty` must be one of probability, margin,"),
+        (
+            {"sampler": "entropy_bound", "entropy_bound": -0.1},
+            "`entropy_bound` must be a number of nats >= 0, but got -0",
+        ),
+        ({"entropy_bound": 0.1}, "`entropy_bound` is an argument of the sampler 'entropy_bound', but got 0.1"),
+        ({"remask_cap": 0.1}, "`remask_cap` is an argument of the sampler 'ancestral', but got 0.1"),
+        (
+            {"sampler": "confidence", "confidence_threshold": 0.5, "certainty": "negative_entropy"},
+            "`confidence_threshold` is a probability or a margin, but got 0.5 with `certainty` 'negative_entropy'",
+        ),
+        ({"infill": 1}, "`infill` must be True or False, but got 1"),
+        ({"output_reveal": "all"}, "`output_reveal` must be True or False, but got 'all'"),
         (
             {"sampler": "confidence", "confidence_threshold": 0.0},
             "`confidence_threshold` must be in (0, 1], but got 0.0",
@@ -80,7 +98,7 @@ def test_fields_given_on_loading_are_checked_like_those_of_a_new_configuration(t
             "`confidence_threshold` must be in (0, 1], but got 1.5",
         ),
         ({"sampler": "confidence", "confidence_threshold": 0.5, "denoising_steps": 2}, "one must be chosen"),
-        ({"denoising_steps": 2}, "`denoising_steps` is an argument of the sampler 'confidence'"),
+        ({"denoising_steps": 2}, "`denoising_steps` is an argument of the sampler 'ancestral' or 'confidence'"),
         ({"entropy_stop_threshold": -1.0}, "`entropy_stop_threshold` must be a number of nats > 0, but got -1.0"),
         ({"entropy_stop_window": 0}, "`entropy_stop_window` must be an integer >= 1, but got 0"),
         ({"num_beams": 4}, "`num_beams` must be 1, but got 4"),

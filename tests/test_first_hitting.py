@@ -8,7 +8,7 @@ import reference
 import torch
 from conftest import random_model
 
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, FirstHittingSampler
+from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, BlockNoise, FirstHittingSampler
 
 
 # Ids 0, 1, 2 are the vocabulary, 3 is EOS, which is never sampled, and 4 is the mask token.
@@ -170,6 +170,7 @@ def test_noise_levels_of_first_hitting_are_descending_order_statistics(num_maske
     masked = torch.zeros(rows, 4, dtype=torch.bool)
     masked[:, 4 - num_masked :] = True
     sampler, order = FirstHittingSampler(), []
+    sampler.start(masked, BlockNoise(None, [], masked.shape, masked.device))
     for _ in range(num_masked):
         candidates = sampler.candidates(masked)
         order.append(sampler.mask_probability(masked))

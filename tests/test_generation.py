@@ -112,6 +112,20 @@ def test_the_merged_pass_equals_committing_first_and_denoising_then(make_cache):
         torch.testing.assert_close(merged, uncached, atol=1e-5, rtol=0)
 
 
+def test_the_cache_keeps_what_the_window_sees_and_no_more():
+    model = random_model(block_size=4, max_position_embeddings=16, pad_token_id=0)
+    inputs = left_padded(random_prompts([5, 10]))
+    arguments = {**inputs, "max_new_tokens": 240, "seed": 0}
+    output = model.generate(**arguments, return_dict_in_generate=True)
+    cache = output.past_key_values
+    # 16 x the context; 12 tokens are what a block of 4 sees beside itself.
+    assert cache.get_seq_length() >= 240
+    assert all(layer.keys.shape[-2] == 12 for layer in cache.layers)
+    everything = DynamicCache()
+    assert torch.equal(model.generate(**arguments, past_key_values=everything), output.sequences)
+    assert everything.layers[0].keys.shape[-2] >= 240
+
+
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("sampler", [{"denoising_steps": 2}, {"confidence_threshold": 0.2}, {}])
 def test_batched_prompts_get_what_they_would_get_alone(attn_implementation, sampler):

@@ -1,0 +1,210 @@
+"""From the logits of masked positions to tokens: processors, drawing, and how sure the model is."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+# Processors whose result does not depend on the tokens so far: any rows may share a call.
+CONTEXT_FREE_PROCESSORS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+CERTAINTIES = ("probability", "margin", "negative_entropy")
+
+
+class PartialSortTopPLogitsWarper(TopPLogitsWarper):
+    """
+    `TopPLogitsWarper` that sorts the likeliest tokens alone where they hold the nucleus, as they nearly always do.
+
+    On a CPU, sorting a vocabulary of 50,000 costs as much as a small model's forward.
+    """
+
+    NUM_SORTED = 512
+
+    @classmethod
+    def of(cls, warper: TopPLogitsWarper) -> "PartialSortTopPLogitsWarper":
+        """The same warper as this."""
+        return cls(warper.top_p, warper.filter_value, warper.min_tokens_to_keep)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.device.type != "cpu" or scores.shape[-1] <= self.NUM_SORTED:
+            return super().__call__(input_ids, scores)
+        likeliest, ids = scores.topk(self.NUM_SORTED, dim=-1)
+        probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
+        before = probabilities.cumsum(-1) - probabilities
+        kept = before < self.top_p
+        if kept[:, -1].any():
+            return super().__call__(input_ids, scores)
+        kept[:, : self.min_tokens_to_keep] = True
+        nucleus = likeliest.masked_fill(~kept, self.filter_value)
+        return torch.full_like(scores, self.filter_value).scatter_(-1, ids, nucleus)
+
+
+def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """
+    Draws from softmax(scores) by the inverse of its distribution function.
+
+    Args:
+        scores: [rows, vocab], float32.
+        uniform: one number in [0, 1) for each row [rows].
+
+    Returns:
+        ids [rows].
+    """
+    cumulative = scores.softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding up to the total would choose the last id, whatever its probability.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def certainty_of(kind: str, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    How sure a model is of its predictions; larger is surer.
+
+    Args:
+        kind: "probability" of the token that was drawn, "margin" of the likeliest token before the second, or
+            "negative_entropy" in nats.
+        log_probs: [num_candidates, vocab].
+        tokens: the drawn ones [num_candidates].
+
+    Returns:
+        [num_candidates].
+    """
+    if kind == "probability":
+        return log_probs.gather(-1, tokens[:, None]).squeeze(-1).exp()
+    if kind == "margin":
+        first, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
+        return first - second
+    # The mask token has the log-probability -inf, and 0 * -inf is no number.
+    return (log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+
+
+@dataclass
+class Prediction:
+    """
+    What one forward predicts.
+
+    Attributes:
+        tokens: a token for each candidate [batch, block_size]; arbitrary elsewhere.
+        certainty: how sure the model is of it [batch, block_size], -inf elsewhere; None unless asked for.
+        probability: the model's probability of it, before the processors [batch, block_size]; None unless asked for.
+        logits, scores: before and after the processors [num_candidates, vocab].
+    """
+
+    tokens: torch.Tensor
+    certainty: torch.Tensor | None
+    probability: torch.Tensor | None
+    logits: torch.Tensor
+    scores: torch.Tensor
+
+
+class TokenPredictor:
+    """Draws tokens from the processed logits of masked positions."""
+
+    def __init__(self, logits_processor: LogitsProcessorList, do_sample: bool, mask_token_id: int):
+        self.logits_processor = logits_processor
+        self.shares_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
+        self.do_sample = do_sample
+        self.mask_token_id = mask_token_id
+
+    def predict(
+        self,
+        logits: torch.Tensor,
+        candidates: torch.Tensor,
+        columns: torch.Tensor,
+        text: torch.Tensor,
+        is_padding: torch.Tensor,
+        certainty_kind: str | None,
+        needs_probability: bool,
+        uniform: torch.Tensor,
+    ) -> Prediction:
+        """
+        Args:
+            logits: of the candidates, row after row [num_candidates, vocab], float32.
+            candidates: the positions to predict, bool [batch, block_size].
+            columns: where each row's block stands in `text` [batch, block_size].
+            text: all tokens, masked until known [batch, width].
+            is_padding: bool [batch, width].
+            certainty_kind: see [`certainty_of`]; None if it is not needed.
+            needs_probability: whether the probability of the tokens is needed.
+            uniform: numbers in [0, 1) to draw with [batch, block_size].
+        """
+        logits[:, self.mask_token_id] = -torch.inf
+        scores = self._process(logits, candidates, columns, text, is_padding)
+        chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
+        tokens = torch.zeros_like(columns)
+        tokens[candidates] = chosen
+        certainty, probability = (
+            None if kind is None else self._certainty(kind, logits, candidates, chosen)
+            for kind in (certainty_kind, "probability" if needs_probability else None)
+        )
+        return Prediction(tokens, certainty, probability, logits, scores)
+
+    def _certainty(
+        self, kind: str, logits: torch.Tensor, candidates: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        certainty = torch.full(candidates.shape, -torch.inf, device=logits.device)
+        certainty[candidates] = certainty_of(kind, logits.log_softmax(-1), chosen)
+        return certainty
+
+    def _process(
+        self,
+        logits: torch.Tensor,
+        candidates: torch.Tensor,
+        columns: torch.Tensor,
+        text: torch.Tensor,
+        is_padding: torch.Tensor,
+    ) -> torch.Tensor:
+        """Runs the logits processors on the candidates' scores [num_candidates, vocab]."""
+        if self.shares_calls:
+            return self.logits_processor(text[candidates.nonzero()[:, 0]], logits.clone())
+        # A processor may read the tokens left of the predicted one, their number, and the index of the row: each
+        # column is processed for the whole batch. Padding reads as the mask token, which has no probability to be
+        # changed.
+        column_of = columns[candidates]
+        row_of = candidates.nonzero()[:, 0]
+        context = text.masked_fill(is_padding, self.mask_token_id)
+        scores = logits.clone()
+        for column in column_of.unique().tolist():
+            chosen = column_of == column
+            batch_scores = logits.new_zeros(text.shape[0], logits.shape[1])
+            batch_scores[row_of[chosen]] = logits[chosen]
+            processed = self._process_column(context[:, :column], batch_scores)
+            scores[chosen] = processed[row_of[chosen]]
+        return scores
+
+    def _process_column(self, context: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Runs the processors on the scores of one column [batch, vocab]; `context` [batch, columns before it]."""
+        for processor in self.logits_processor:
+            processed = processor(context, scores)
+            if isinstance(processor, NoRepeatNGramLogitsProcessor):
+                # An n-gram begun by tokens that are not known yet repeats nothing.
+                start = max(context.shape[1] - processor.ngram_size + 1, 0)
+                is_known = (context[:, start:] != self.mask_token_id).all(-1, keepdim=True)
+                processed = torch.where(is_known, processed, scores)
+            scores = processed
+        return scores
