@@ -1,9 +1,9 @@
 """
 Training speed and memory beside the dense two-stream pass and GPT-2: `python -m benchmarks.training`.
 
-A step is one forward and one backward pass over a batch of random tokens; bfloat16 means autocast over float32 weights.
-The dense reference (`benchmarks/dense.py`) is the same network in the paper's own formulation: the 2L x 2L mask, all
-queries in every layer and the logits of all positions.
+A step is one forward and one backward pass over a batch of random tokens; bfloat16 means autocast over float32
+weights. The dense reference (`benchmarks/dense.py`) is the same network in the paper's own formulation: the 2L x 2L
+mask, all queries in every layer and the logits of all positions.
 
 MFU is the FLOPs of the matrix products that a formulation needs, over what the device could do in the time. Per token
 of text, with P the weights of all layers' projections and E those of the output projection,

@@ -9,6 +9,7 @@ from torch.nn.functional import gelu, layer_norm
 from bd3lm_hf.modeling import layers_bd3lm, loss_bd3lm
 from bd3lm_hf.modeling.linear_bd3lm import GatedLinear, GatedMLP, NormedLinear
 from bd3lm_hf.modeling.loss_bd3lm import subs_loss
+from benchmarks.dense import dense_loss
 
 
 EPSILON = 1e-5
@@ -200,6 +201,22 @@ def test_frozen_weights_get_no_gradients(fused_calls):
 def test_generation_takes_the_modules(fused_calls):
     random_model(attn_implementation="sdpa").generate(torch.arange(6)[None], max_new_tokens=4)
     assert not fused_calls
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_dense_reference_of_the_benchmarks_has_the_loss_and_gradients_of_the_model(seed):
+    model = random_model(attn_implementation="sdpa").train()
+    # The last block is a short one.
+    ids = torch.randint(0, 22, (3, 30))
+    results = []
+    for loss_of in (lambda: model(ids, labels=ids).loss, lambda: dense_loss(model, ids)):
+        model.zero_grad()
+        torch.manual_seed(seed)
+        loss = loss_of()
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def saved_numel(model, ids):
