@@ -110,7 +110,6 @@ def test_the_plain_trainer_trains_an_adapter(base_folder, texts, tmp_path):
 
 def test_the_moving_average_is_of_the_adapter_alone(base_folder, texts, tmp_path):
     trainer = train(adapted(base_folder), texts, tmp_path, steps=1)
-    kept = []
     trainer.ema_callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     kept = trainer.ema_callback.weights.names
     assert kept and all("lora_" in name for name in kept)
