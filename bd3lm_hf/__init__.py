@@ -7,8 +7,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .collators import BD3LMDataCollator
 from .conversion import convert_checkpoint, from_published_state_dict, to_published_state_dict
+from .modeling.cache_bd3lm import CommitCache
 from .modeling.configuration_bd3lm import BD3LMConfig
-from .modeling.denoising_bd3lm import CommitCache, EntropyStoppingCriteria
+from .modeling.denoising_bd3lm import EntropyStoppingCriteria
 from .modeling.diffusion_bd3lm import (
     FULL_NOISE_INTERVAL,
     NOISE_SCHEDULES,

@@ -5,79 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteria
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .attention_bd3lm import flagged_first
+from .cache_bd3lm import CleanText, CommitCache, match_cache
 from .diffusion_bd3lm import sigma_from_mask_probability
+from .guidance_bd3lm import Guidance
 from .prediction_bd3lm import Prediction, TokenPredictor
 from .samplers_bd3lm import BlockNoise, Sampler
-
-
-class CommitCache(Cache):
-    """
-    A view of a cache whose `update` writes only the first `num_commit` incoming positions and returns all of them.
-
-    With 0 a denoising pass reads the cache and leaves it as is. With n, the pass over [n clean tokens ; noisy block]
-    commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
-
-    Args:
-        cache: a dynamic, static or dynamic sliding cache; others of Transformers' are called the same way. Static
-            sliding layers are refused.
-        num_commit: positions to write at each forward.
-    """
-
-    def __init__(self, cache: Cache, num_commit: int):
-        self.__dict__.update(vars(cache))
-        self.cache = cache
-        self.num_commit = num_commit
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.cache.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.cache.get_mask_sizes(query_length, layer_idx)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_transient = key_states.shape[-2] - self.num_commit
-        if num_transient <= 0:
-            return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
-        is_empty = layer is None or not layer.is_initialized
-        if self.num_commit == 0 and is_empty and not isinstance(layer, StaticLayer):
-            return key_states, value_states
-        if isinstance(layer, StaticSlidingWindowLayer):
-            raise ValueError(
-                "`past_key_values` must not have static sliding layers; take `StaticCache` or `DynamicCache`."
-            )
-        if isinstance(layer, StaticLayer):
-            # The transient positions lie behind the committed ones, and the next write goes over them.
-            states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-            layer.cumulative_length.sub_(num_transient)
-            return states
-        is_read_as_it_is = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not self.cache.offloading
-        if self.num_commit == 0 and is_read_as_it_is:
-            cached_keys, cached_values = layer.keys, layer.values
-        else:
-            cached_keys, cached_values = self.cache.update(
-                key_states[:, :, : self.num_commit], value_states[:, :, : self.num_commit], layer_idx, *args, **kwargs
-            )
-        return (
-            torch.cat([cached_keys, key_states[:, :, self.num_commit :]], dim=-2),
-            torch.cat([cached_values, value_states[:, :, self.num_commit :]], dim=-2),
-        )
-
-
-def sliding_cache(num_layers: int, window: int) -> DynamicCache:
-    """A cache that grows up to the last `window` tokens, all that a block can see, and then keeps its size."""
-    cache = DynamicCache()
-    # Transformers counts the token that is being predicted as part of the window.
-    cache.layers = [DynamicSlidingWindowLayer(sliding_window=window + 1) for _ in range(num_layers)]
-    return cache
 
 
 class EntropyStoppingCriteria(StoppingCriteria):
@@ -193,19 +130,10 @@ class Canvas:
         """Which columns are to be generated, bool of the shape of `columns`."""
         return (columns >= self.prompt_width) & (columns < self.prompt_width + self.num_new)
 
-    def clean_prefix(self, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        The whole blocks of the prompts before their first gaps, left-padded so that all rows end at a block border.
-
-        Returns:
-            (ids [batch, width], attention mask [batch, width], or None if no row is padded).
-        """
-        width = int(self.num_clean.max())
-        padding = width - self.num_clean
-        columns = torch.arange(width, device=self.tokens.device) + (self.first_column - padding)[:, None]
-        is_real = columns >= self.first_column[:, None]
-        ids = self.tokens.gather(1, columns.clamp(min=0)).masked_fill(~is_real, pad_token_id)
-        return ids, None if bool(is_real.all()) else is_real.long()
+    def clean_prefix(self) -> torch.Tensor:
+        """The id at each position of the rows, of which the first `num_clean` are clean [batch, width]."""
+        columns = self.first_column[:, None] + torch.arange(int(self.num_clean.max()), device=self.tokens.device)
+        return self.tokens.gather(1, columns.clamp(max=self.tokens.shape[1] - 1))
 
 
 class GeneratedRows:
@@ -310,6 +238,7 @@ class DenoisingRun:
         generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList,
         cache: Cache | None,
+        guidance: Guidance | None = None,
     ):
         self.model = model
         self.canvas = canvas
@@ -320,11 +249,17 @@ class DenoisingRun:
         batch_size, device = canvas.tokens.shape[0], canvas.tokens.device
         self.seeds = generation_config.row_seeds(batch_size)
         self.num_forward_passes = torch.zeros(batch_size, dtype=torch.long, device=device)
-        # Clean tokens that the cache does not hold yet (all of them, without one), and which of all so far are real.
-        self.clean, self.clean_mask = canvas.clean_prefix(0)
-        if cache is not None:
-            self._check_cache(cache)
-            self.clean = self.clean[:, int(cache.get_seq_length()) :]
+        self.guidance = guidance
+        prefix, length = canvas.clean_prefix(), canvas.num_clean
+        if guidance is not None:
+            prefix, length = guidance.with_unconditional_rows(prefix, length, canvas.prompt_length, canvas.block_size)
+        if cache is None:
+            self.text = CleanText.of_prompts(prefix, length)
+        else:
+            config = model.config
+            window = config.window_in_blocks * config.block_size
+            self.text = match_cache(cache, prefix, length, config.block_size, window, canvas.num_stages)
+            cache.clean_text = self.text
         output = generation_config
         keeps = output.return_dict_in_generate, (canvas.num_new, batch_size, model.config.vocab_size)
         self.scores = torch.full(keeps[1], -torch.inf, device=device) if keeps[0] and output.output_scores else None
@@ -333,30 +268,6 @@ class DenoisingRun:
         if keeps[0] and output.output_reveal:
             self.reveal_steps = torch.zeros_like(canvas.tokens)
             self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
-
-    def _check_cache(self, cache: Cache) -> None:
-        canvas, num_cached = self.canvas, int(cache.get_seq_length())
-        if num_cached and (
-            self.clean_mask is not None or num_cached > self.clean.shape[1] or num_cached % canvas.block_size
-        ):
-            raise ValueError(
-                "`past_key_values` must hold whole blocks of the prompts in `input_ids`, whose rows must be equally "
-                f"long, but got {num_cached} positions for prompts of {canvas.prompt_length.tolist()} tokens with "
-                f"`block_size` {canvas.block_size}."
-            )
-        # The block under denoising lies behind the committed ones.
-        num_positions = self.clean.shape[1] + canvas.num_stages * canvas.block_size
-        for layer in cache.layers:
-            if isinstance(layer, StaticLayer) and layer.max_cache_len < num_positions:
-                raise ValueError(
-                    f"`past_key_values` must have room for {num_positions} positions, whole blocks of prompt and new "
-                    f"tokens, but got a static cache of {layer.max_cache_len}."
-                )
-            if num_cached and layer.is_initialized and layer.keys.shape[0] != canvas.tokens.shape[0]:
-                raise ValueError(
-                    f"`past_key_values` must be of the batch size of the rows to generate, {canvas.tokens.shape[0]}, "
-                    f"but got {layer.keys.shape[0]}."
-                )
 
     def denoise_block(self, stage: int, rows: GeneratedRows) -> None:
         """Reveals the new tokens of one block of every unfinished row."""
@@ -404,10 +315,15 @@ class DenoisingRun:
         sigma = None
         if self.model.config.time_conditioning:
             sigma = sigma_from_mask_probability(sampler.mask_probability(masked))
-        hidden_states = self._forward(block, sigma, candidates)
-        self.num_forward_passes += candidates.any(-1)
-        logits = self.model.lm_head(hidden_states).float()
         canvas = self.canvas
+        read, is_real = self._as_read(block, columns)
+        if self.guidance is None:
+            logits = self.model.lm_head(self._forward(read, is_real, sigma, candidates)).float()
+        else:
+            sigma = None if sigma is None else sigma.repeat(2)
+            hidden_states = self._forward(read, is_real, sigma, candidates.repeat(2, 1))
+            logits = self.guidance.combine(self.model.lm_head(hidden_states).float())
+        self.num_forward_passes += candidates.any(-1)
         padding = torch.arange(canvas.tokens.shape[1], device=block.device) < canvas.first_column[:, None]
         prediction = self.predictor.predict(
             logits,
@@ -434,30 +350,46 @@ class DenoisingRun:
         ):
             record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
 
+    def _as_read(self, block: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The block in each of the network's rows: ids [rows, block_size], and which of them are real, None if all are.
+        """
+        if self.guidance is None:
+            return block, None
+        return self.guidance.with_unconditional_blocks(block, columns - self.canvas.prompt_width)
+
     def append_block(self, stage: int) -> None:
         """Hands the finished block, as it stands in the text, to the next forward for committing."""
-        block = self.canvas.tokens.gather(1, self.canvas.columns(stage))
-        self.clean = torch.cat([self.clean, block], dim=1)
-        if self.clean_mask is not None:
-            self.clean_mask = torch.cat([self.clean_mask, self.clean_mask.new_ones(block.shape)], dim=1)
+        columns = self.canvas.columns(stage)
+        self.text.append(*self._as_read(self.canvas.tokens.gather(1, columns), columns))
 
-    def _forward(self, block: torch.Tensor, sigma: torch.Tensor | None, candidates: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self,
+        block: torch.Tensor,
+        is_real: torch.Tensor | None,
+        sigma: torch.Tensor | None,
+        candidates: torch.Tensor,
+    ) -> torch.Tensor:
         """Final states of the candidates [num_candidates, hidden]; commits the clean tokens that are not cached."""
-        num_clean = self.clean.shape[1]
-        attention_mask = self.clean_mask
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(block.shape)], dim=1)
+        text = self.text
+        clean = text.pending
+        num_clean = clean.shape[1]
+        attention_mask = position_ids = None
+        if not text.is_plain or is_real is not None:
+            position_ids = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
+            attention_mask = (position_ids >= 0).long()
         if sigma is not None:
-            sigma = torch.cat([sigma.new_zeros(self.clean.shape), sigma[:, None].expand(block.shape)], dim=1)
+            sigma = torch.cat([sigma.new_zeros(clean.shape), sigma[:, None].expand(block.shape)], dim=1)
         kept, is_candidate = flagged_first(candidates)
         outputs = self.model.model(
-            input_ids=torch.cat([self.clean, block], dim=1),
+            input_ids=torch.cat([clean, block], dim=1),
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=None if self.cache is None else CommitCache(self.cache, num_clean),
             timesteps=sigma,
             kept_positions=num_clean + kept,
             modulations=self.modulations,
         )
         if self.cache is not None:
-            self.clean = self.clean[:, :0]
+            text.num_cached = text.num_columns
         return outputs.last_hidden_state[is_candidate]

@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.generation import MaxLengthCriteria, StoppingCriteriaList, TopPLogitsWarper
+from transformers.generation import (
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import ModelOutput
 
+from .cache_bd3lm import sliding_cache
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
-from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows, sliding_cache
+from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows
+from .guidance_bd3lm import Guidance
 from .prediction_bd3lm import CERTAINTIES, PartialSortTopPLogitsWarper
 from .samplers_bd3lm import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
 
@@ -38,6 +45,8 @@ class BD3LMGenerationConfig(GenerationConfig):
         seed: row i of the batch, `num_return_sequences` included, draws from a generator of its own with this seed +
             i, or with the i-th of a list. So it gets the tokens that it would get alone, and no other generator is
             touched. By default all rows draw from torch's global generator.
+        guidance_scale: Transformers' argument: with `negative_prompt_ids` (by default the last token of each prompt),
+            scores are `guidance_scale * prompt + (1 - guidance_scale) * negative prompt`; see `Guidance`.
         infill: fill the mask tokens in the prompts, from both sides within their block and from the left across
             blocks; every other token stays. Nothing is written behind the prompts unless `max_new_tokens` is given.
         output_reveal: return which forward revealed each token, and the token's probability then.
@@ -201,7 +210,8 @@ class BD3LMGenerateOutput(ModelOutput):
             and padding, of the shape of `sequences`.
         token_probabilities: with `output_reveal`, the model's probability of each token when it was revealed, before
             the processors; NaN for given tokens and padding, of the shape of `sequences`.
-        past_key_values: the cache, which holds every block but the last.
+        past_key_values: the cache, which holds every block but the last. Given to `generate` again it spares
+            computing the blocks that the new prompts begin with, of any lengths in the rows of the batch.
     """
 
     sequences: torch.LongTensor | None = None
@@ -252,11 +262,6 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
                 "`generate` denoises blocks by sampling or greedily, but its arguments ask for "
                 f"{generation_mode.value!r}."
             )
-        if generation_config.guidance_scale not in (None, 1.0):
-            raise ValueError(
-                f"`guidance_scale` must be 1 or None, but got {generation_config.guidance_scale}: Transformers' "
-                "processor reads the prediction of a next token, which this model does not make."
-            )
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(generation_config, name):
                 raise ValueError(f"`{name}` must be False in `generate`, but got True; call the model for them.")
@@ -289,6 +294,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         window = self.config.window_in_blocks * self.config.block_size
+        if batch_size > 1 and window > 0:
+            # Rows are complete a block apart; the next call may go on with all of them.
+            window += self.config.block_size
         cache = model_kwargs.get("past_key_values")
         if type(cache) is DynamicCache and not cache.offloading and not is_given and window > 0:
             model_kwargs["past_key_values"] = sliding_cache(self.config.num_hidden_layers, window)
@@ -306,11 +314,50 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if not generation_config.infill or generation_config.max_length != input_ids_length:
             super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        return LogitsProcessorList(
-            PartialSortTopPLogitsWarper.of(part) if type(part) is TopPLogitsWarper else part for part in processors
+    def _get_logits_processor(
+        self,
+        generation_config: BD3LMGenerationConfig,
+        *args: Any,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # Transformers' own runs the model on a next token, which this one does not predict.
+        is_guided = any(type(part) is UnbatchedClassifierFreeGuidanceLogitsProcessor for part in processors)
+        processors = LogitsProcessorList(
+            PartialSortTopPLogitsWarper.of(part) if type(part) is TopPLogitsWarper else part
+            for part in processors
+            if type(part) is not UnbatchedClassifierFreeGuidanceLogitsProcessor
         )
+        if is_guided:
+            self._check_guidance(generation_config, negative_prompt_ids, negative_prompt_attention_mask)
+            if negative_prompt_ids is not None and negative_prompt_attention_mask is not None:
+                negative_prompt_ids = negative_prompt_ids.masked_fill(negative_prompt_attention_mask == 0, -1)
+            processors.append(Guidance(generation_config.guidance_scale, negative_prompt_ids))
+        elif negative_prompt_ids is not None:
+            raise ValueError(
+                "`negative_prompt_ids` guide only with a `guidance_scale` other than 1, but got "
+                f"{generation_config.guidance_scale}."
+            )
+        return processors
+
+    def _check_guidance(
+        self,
+        generation_config: BD3LMGenerationConfig,
+        negative_prompt_ids: torch.Tensor | None,
+        negative_prompt_attention_mask: torch.Tensor | None,
+    ) -> None:
+        if generation_config.infill:
+            raise ValueError(
+                f"`guidance_scale` must be 1 or None with `infill`, but got {generation_config.guidance_scale}: a "
+                "negative prompt has nothing to stand in for the text around a gap."
+            )
+        if negative_prompt_ids is None:
+            return
+        names = ("negative_prompt_ids", "negative_prompt_attention_mask")
+        if self._check_prompts(negative_prompt_ids, negative_prompt_attention_mask, names).any():
+            raise ValueError(f"`negative_prompt_ids` must not hold the mask token ({self.config.mask_token_id}).")
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(*args, **kwargs)
@@ -320,32 +367,38 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
                 criterion.max_position_embeddings = None
         return criteria
 
-    def _check_prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _check_prompts(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        names: tuple[str, str] = ("input_ids", "attention_mask"),
+    ) -> torch.Tensor:
         """The mask tokens of the prompts, bool [batch, length], unless there is something wrong with them."""
+        ids_name, mask_name = names
         vocab_size, mask_token_id = self.config.vocab_size, self.config.mask_token_id
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
-                "`input_ids` must be of shape [batch, length] with at least one token, but got "
+                f"`{ids_name}` must be of shape [batch, length] with at least one token, but got "
                 f"{list(input_ids.shape)}; an empty prompt is the BOS token alone."
             )
         outside = (input_ids < 0) | (input_ids >= vocab_size)
         if outside.any():
-            raise ValueError(f"`input_ids` must be ids in [0, {vocab_size}), but got {int(input_ids[outside][0])}.")
+            raise ValueError(f"`{ids_name}` must be ids in [0, {vocab_size}), but got {int(input_ids[outside][0])}.")
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
                 raise ValueError(
-                    f"`attention_mask` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
+                    f"`{mask_name}` must be of the shape of `{ids_name}`, {list(input_ids.shape)}, but got "
                     f"{list(attention_mask.shape)}."
                 )
             real = attention_mask != 0
             if not real.any(-1).all():
                 raise ValueError(
-                    "`attention_mask` must have a real token in every row, but row "
+                    f"`{mask_name}` must have a real token in every row, but row "
                     f"{int((~real.any(-1)).nonzero()[0])} is all padding; an empty prompt is the BOS token alone."
                 )
             if (real[:, :-1] & ~real[:, 1:]).any():
                 raise ValueError(
-                    "`attention_mask` must be left-padded (zeros, then ones, in each row), but got a 0 behind a 1; "
+                    f"`{mask_name}` must be left-padded (zeros, then ones, in each row), but got a 0 behind a 1; "
                     "set `tokenizer.padding_side = 'left'`."
                 )
             input_ids = input_ids.masked_fill(~real, -1)
@@ -378,7 +431,12 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         canvas = Canvas.of_prompts(
             input_ids, attention_mask, gaps, num_new, self.config.block_size, self.config.mask_token_id
         )
-        run = DenoisingRun(self, canvas, generation_config, logits_processor, model_kwargs.get("past_key_values"))
+        guidance = next((part for part in logits_processor if isinstance(part, Guidance)), None)
+        if guidance is not None:
+            logits_processor = LogitsProcessorList(part for part in logits_processor if part is not guidance)
+            guidance = guidance.of_batch(input_ids)
+        cache = model_kwargs.get("past_key_values")
+        run = DenoisingRun(self, canvas, generation_config, logits_processor, cache, guidance)
         rows = GeneratedRows(canvas, generation_config, stopping_criteria, streamer)
         for stage in range(canvas.num_stages):
             # 2. Denoise one block of every row, 3. see where rows end.

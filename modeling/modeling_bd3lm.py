@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_bd3lm import (
+    DOCUMENT_STRIDE,
     TwoStreamLayout,
     denoising_pattern,
     select_tokens,
@@ -170,7 +171,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 of the text, one after the other [batch, copies * length].
             attention_mask: 0 at padding [batch, cached + length].
             position_ids: positions, counted in real tokens of each row [batch, length]. A document begins wherever
-                they do not go up by one.
+                they do not go up by one. Together with a cache also those of the cached tokens [batch, cached +
+                length], in any columns, negative for those that are hidden.
             past_key_values: cache of the blocks before; every position given here is written to it (see
                 `CommitCache`).
             inputs_embeds: embeddings in place of `input_ids` [batch, length, hidden].
@@ -303,6 +305,15 @@ class BD3LMModel(BD3LMPreTrainedModel):
             first_visible = (block - config.window_in_blocks) * config.block_size
             if block == last_block and first_visible <= first_key and num_keys == past_length - first_key + length:
                 return columns, None, None
+        if position_ids is not None and position_ids.shape[1] > length:
+            hidden = position_ids < 0
+            if attention_mask is not None:
+                hidden = hidden | (attention_mask == 0)
+            code = visibility_code(position_ids, config.block_size, hidden)
+            # A static cache has more columns than there are tokens.
+            num_missing = first_key + num_keys - code.shape[1]
+            key_code = nn.functional.pad(code[:, first_key:], (0, num_missing), value=-DOCUMENT_STRIDE)
+            return position_ids[:, -length:], code[:, -length:], key_code
         if position_ids is None:
             if attention_mask is None:
                 position_ids = columns

@@ -1,0 +1,237 @@
+"""What the network has read: the finished blocks of each row, and the cache that holds their keys and values."""
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+
+class CommitCache(Cache):
+    """
+    A view of a cache whose `update` writes only the first `num_commit` incoming positions and returns all of them.
+
+    With 0 a denoising pass reads the cache and leaves it as is. With n, the pass over [n clean tokens ; noisy block]
+    commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
+
+    Args:
+        cache: a dynamic, static or dynamic sliding cache; others of Transformers' are called the same way. Static
+            sliding layers are refused.
+        num_commit: positions to write at each forward.
+    """
+
+    def __init__(self, cache: Cache, num_commit: int):
+        self.__dict__.update(vars(cache))
+        self.cache = cache
+        self.num_commit = num_commit
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.cache.get_mask_sizes(query_length, layer_idx)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_transient = key_states.shape[-2] - self.num_commit
+        if num_transient <= 0:
+            return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+        is_empty = layer is None or not layer.is_initialized
+        if self.num_commit == 0 and is_empty and not isinstance(layer, StaticLayer):
+            return key_states, value_states
+        if isinstance(layer, StaticSlidingWindowLayer):
+            raise ValueError(
+                "`past_key_values` must not have static sliding layers; take `StaticCache` or `DynamicCache`."
+            )
+        if isinstance(layer, StaticLayer):
+            # The transient positions lie behind the committed ones, and the next write goes over them.
+            states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+            layer.cumulative_length.sub_(num_transient)
+            return states
+        is_read_as_it_is = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer)
+        if self.num_commit == 0 and is_read_as_it_is and not self.cache.offloading:
+            cached_keys, cached_values = layer.keys, layer.values
+        else:
+            cached_keys, cached_values = self.cache.update(
+                key_states[:, :, : self.num_commit], value_states[:, :, : self.num_commit], layer_idx, *args, **kwargs
+            )
+        return (
+            torch.cat([cached_keys, key_states[:, :, self.num_commit :]], dim=-2),
+            torch.cat([cached_values, value_states[:, :, self.num_commit :]], dim=-2),
+        )
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A sliding layer whose window may be widened while it is in use."""
+
+    def __init__(self, window: int):
+        # Transformers counts the token that is being predicted as part of the window.
+        super().__init__(sliding_window=window + 1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        num_held = self.keys.shape[-2] if self.cumulative_length else 0
+        return num_held + query_length, self.cumulative_length - num_held
+
+    def widen(self, window: int) -> None:
+        """Keeps at least so many positions from now on."""
+        self.sliding_window = max(self.sliding_window, window + 1)
+
+
+def sliding_cache(num_layers: int, window: int) -> DynamicCache:
+    """A cache that grows up to the last `window` tokens, all that a block can see, and then keeps its size."""
+    cache = DynamicCache()
+    cache.layers = [WindowLayer(window) for _ in range(num_layers)]
+    return cache
+
+
+class CleanText:
+    """
+    The finished blocks of each row as the network reads them: one column for each position of the cache, then those
+    that the cache does not hold yet.
+
+    Rows of a batch have their blocks in common columns, so a shorter row has empty columns before its own. A cache
+    that `generate` returns keeps its text, so that the next call finds which blocks of its prompts are cached: as many
+    as agree token for token, in each row. Columns behind them are empty for that row from then on.
+
+    Attributes:
+        ids: [batch, columns].
+        positions: each token's position in its row [batch, columns], -1 where the row has nothing.
+        length: position at which each row's next block begins [batch].
+        num_cached: columns that the cache holds.
+    """
+
+    def __init__(self, ids: torch.Tensor, positions: torch.Tensor, length: torch.Tensor, num_cached: int = 0):
+        self.ids = ids
+        self.positions = positions
+        self.length = length
+        self.num_cached = num_cached
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        # Plain rows need neither mask nor positions.
+        self.is_plain = bool((positions == columns).all() and (length == ids.shape[1]).all())
+
+    @classmethod
+    def of_prompts(cls, prefix: torch.Tensor, length: torch.Tensor) -> "CleanText":
+        """
+        Args:
+            prefix: the id at each position of the row, -1 where it has no token [batch, at least length].
+            length: positions in the whole blocks of each row [batch].
+        """
+        empty = prefix.new_zeros(prefix.shape[0], 0)
+        return cls(empty, empty, torch.zeros_like(length)).followed_by(prefix, length)
+
+    def shared_with(self, prefix: torch.Tensor, length: torch.Tensor, block_size: int) -> "CleanText":
+        """What is cached of this text and the first blocks of new prompts; arguments as for `of_prompts`."""
+        num_rows, width = prefix.shape
+        ids, positions = self.ids[:, : self.num_cached], self.positions[:, : self.num_cached]
+        # The cached id at each position; what lies behind the prompts goes to a column of its own.
+        cached = prefix.new_full((num_rows, width + 1), -1)
+        cached.scatter_(1, torch.where((positions >= 0) & (positions < width), positions, width), ids)
+        within = torch.arange(width, device=prefix.device) < length[:, None]
+        num_alike = ((cached[:, :width] == prefix) & within).long().cumprod(-1).sum(-1) // block_size * block_size
+        is_used = (positions >= 0) & (positions < num_alike[:, None])
+        return CleanText(ids, positions.masked_fill(~is_used, -1), num_alike, self.num_cached)
+
+    def followed_by(self, prefix: torch.Tensor, length: torch.Tensor) -> "CleanText":
+        """With the rest of each row's prefix in common new columns, of which all rows use the last."""
+        width = int((length - self.length).max())
+        positions = torch.arange(width, device=prefix.device) + (length[:, None] - width)
+        ids = prefix.gather(1, positions.clamp(min=0))
+        is_real = (positions >= self.length[:, None]) & (ids >= 0)
+        return CleanText(
+            torch.cat([self.ids, ids.masked_fill(~is_real, 0)], dim=1),
+            torch.cat([self.positions, positions.masked_fill(~is_real, -1)], dim=1),
+            length,
+            self.num_cached,
+        )
+
+    @property
+    def num_columns(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def pending(self) -> torch.Tensor:
+        """What the cache does not hold yet [batch, columns]."""
+        return self.ids[:, self.num_cached :]
+
+    def block_positions(self, is_real: torch.Tensor | None, block_size: int) -> torch.Tensor:
+        """Positions of each row's next block [batch, block_size], -1 where `is_real` says so."""
+        positions = self.length[:, None] + torch.arange(block_size, device=self.length.device)
+        return positions if is_real is None else positions.masked_fill(~is_real, -1)
+
+    def append(self, block: torch.Tensor, is_real: torch.Tensor | None = None) -> None:
+        """Adds a finished block [batch, block_size] to each row."""
+        self.positions = torch.cat([self.positions, self.block_positions(is_real, block.shape[1])], dim=1)
+        self.ids = torch.cat([self.ids, block], dim=1)
+        self.length = self.length + block.shape[1]
+        self.is_plain = self.is_plain and is_real is None
+
+    def first_visible_column(self, window: int) -> int:
+        """The first column that the next block of any row sees, with `window` positions before it visible."""
+        is_visible = (self.positions >= 0) & (self.positions >= self.length[:, None] - window)
+        columns = torch.arange(self.num_columns, device=self.ids.device)
+        return int(torch.where(is_visible, columns, self.num_columns).min()) if self.num_columns else 0
+
+
+def match_cache(
+    cache: Cache, prefix: torch.Tensor, length: torch.Tensor, block_size: int, window: int, num_stages: int
+) -> CleanText:
+    """
+    The text of the prompts in the columns of a cache, which is made to hold what their next blocks see.
+
+    Args:
+        cache: empty, one that `generate` returned, or one that holds the first blocks of equally long prompts.
+        prefix, length: see [`CleanText.of_prompts`].
+        window: positions before a block that it sees.
+        num_stages: blocks to be denoised.
+
+    Raises:
+        ValueError: the cache belongs to another batch size, holds part of a block, has no room, or has dropped what is
+            still seen.
+    """
+    num_cached, num_rows = int(cache.get_seq_length()), prefix.shape[0]
+    for layer in cache.layers:
+        if num_cached and layer.is_initialized and layer.keys.shape[0] != num_rows:
+            raise ValueError(
+                f"`past_key_values` must be of the batch size of the rows to generate, {num_rows}, but got "
+                f"{layer.keys.shape[0]}."
+            )
+    if not num_cached:
+        text = CleanText.of_prompts(prefix, length)
+    else:
+        cached = getattr(cache, "clean_text", None)
+        if cached is None or cached.num_cached != num_cached:
+            # Filled by the user: the cached tokens can only be the prompts' first.
+            if num_cached % block_size or num_cached > int(length.min()) or bool((length != length[0]).any()):
+                raise ValueError(
+                    "`past_key_values` that no `generate` returned must hold whole blocks of the prompts in "
+                    "`input_ids`, whose rows must be equally long, but got "
+                    f"{num_cached} positions for {length.tolist()} tokens in whole blocks, with `block_size` "
+                    f"{block_size}."
+                )
+            positions = torch.arange(num_cached, device=prefix.device).expand(num_rows, -1)
+            cached = CleanText(prefix[:, :num_cached], positions, positions.new_full((num_rows,), num_cached))
+            cached.num_cached = num_cached
+        shared = cached.shared_with(prefix, length, block_size)
+        text = shared.followed_by(prefix, length)
+        _, first_held = cache.get_mask_sizes(1, 0)
+        if shared.first_visible_column(window) < first_held:
+            raise ValueError(
+                "`past_key_values` has dropped positions that the next block still sees, since a row of the batch "
+                "went on far behind the text of another; generate without it, or with a `DynamicCache()` from the "
+                "start."
+            )
+        # While rows go on, one may be complete a block before another.
+        num_seen = text.num_columns - text.first_visible_column(window) + (block_size if num_rows > 1 else 0)
+        for layer in cache.layers:
+            if isinstance(layer, WindowLayer):
+                layer.widen(num_seen)
+    num_columns = text.num_columns + num_stages * block_size
+    for layer in cache.layers:
+        if isinstance(layer, StaticLayer) and layer.max_cache_len < num_columns:
+            raise ValueError(
+                f"`past_key_values` must have room for {num_columns} positions, whole blocks of prompt and new "
+                f"tokens, but got a static cache of {layer.max_cache_len}."
+            )
+    return text

@@ -1,0 +1,101 @@
+"""Classifier-free guidance: away from what the model would write after a negative prompt."""
+
+import torch
+from transformers import LogitsProcessor
+
+
+class Guidance(LogitsProcessor):
+    """
+    Scores of the prompt against those of a negative prompt, both followed by the same new tokens:
+    `scale * conditional + (1 - scale) * unconditional` (arXiv 2306.17806; up to a constant this is the same of
+    log-probabilities).
+
+    Both are rows of one forward. New tokens have the same place within their blocks behind either prompt, so the
+    blocks of a negative prompt are counted from its end, and its first block may be short.
+
+    Args:
+        scale: 1 is no guidance.
+        negative_ids: left-padded negative prompts [batch, width], -1 at padding; by default the last token of each
+            prompt.
+    """
+
+    def __init__(self, scale: float, negative_ids: torch.Tensor | None = None):
+        self.scale = scale
+        self.negative_ids = negative_ids
+
+    def of_batch(self, input_ids: torch.Tensor) -> "Guidance":
+        """
+        With a negative prompt for each row of `input_ids` [batch, length], each repeated for its returned sequences.
+
+        Raises:
+            ValueError: there are as many negative prompts as can't be shared out evenly.
+        """
+        if self.negative_ids is None:
+            return Guidance(self.scale, input_ids[:, -1:])
+        num_rows, num_negative = input_ids.shape[0], self.negative_ids.shape[0]
+        if num_rows % num_negative:
+            raise ValueError(
+                f"`negative_prompt_ids` must have one row, or one for each of the {num_rows} prompts, but got "
+                f"{num_negative}."
+            )
+        negative_ids = self.negative_ids.to(input_ids.device).repeat_interleave(num_rows // num_negative, dim=0)
+        return Guidance(self.scale, negative_ids)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """What is left to do when the processors run: nothing, [`combine`] comes before them."""
+        return scores
+
+    def with_unconditional_rows(
+        self, prefix: torch.Tensor, num_clean: torch.Tensor, prompt_length: torch.Tensor, block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Appends to the batch one row for each negative prompt.
+
+        Args:
+            prefix: the id at each position of the prompts [batch, width].
+            num_clean: positions in the whole blocks of each prompt [batch].
+            prompt_length: tokens of each prompt [batch].
+
+        Returns:
+            (id at each position, -1 where there is no token [2 batch, width], positions in whole blocks [2 batch]).
+        """
+        num_in_last = prompt_length - num_clean
+        num_negative = (self.negative_ids >= 0).sum(-1)
+        first = (num_in_last - num_negative) % block_size
+        length = first + num_negative - num_in_last
+        width = max(prefix.shape[1], int(length.max()))
+        # Columns of the negative prompts, whose tokens end at the right.
+        columns = torch.arange(width, device=prefix.device) - first[:, None]
+        is_real = (columns >= 0) & (columns < num_negative[:, None])
+        columns = columns + self.negative_ids.shape[1] - num_negative[:, None]
+        negative = self.negative_ids.gather(1, columns.clamp(0, self.negative_ids.shape[1] - 1))
+        prefix = torch.nn.functional.pad(prefix, (0, width - prefix.shape[1]), value=-1)
+        return torch.cat([prefix, negative.masked_fill(~is_real, -1)]), torch.cat([num_clean, length])
+
+    def with_unconditional_blocks(
+        self, block: torch.Tensor, new_index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Appends each row's block as it stands behind the negative prompt.
+
+        Args:
+            block: ids [batch, block_size].
+            new_index: index of each among the new tokens, negative for those of the prompt [batch, block_size].
+
+        Returns:
+            (ids [2 batch, block_size], which of them there are, bool [2 batch, block_size], None if all are).
+        """
+        is_prompt = new_index < 0
+        if not is_prompt.any():
+            return block.repeat(2, 1), None
+        width = self.negative_ids.shape[1]
+        negative = self.negative_ids.gather(1, (new_index + width).clamp(0, width - 1))
+        negative = negative.masked_fill(new_index + width < 0, -1)
+        unconditional = torch.where(is_prompt, negative, block)
+        both = torch.cat([block, unconditional])
+        return both.clamp(min=0), torch.cat([torch.ones_like(is_prompt), unconditional >= 0])
+
+    def combine(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of all candidates behind the prompts, then behind the negative prompts [2 n, vocab] -> [n, vocab]."""
+        conditional, unconditional = logits.chunk(2)
+        return torch.lerp(unconditional, conditional, self.scale)
