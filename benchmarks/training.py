@@ -1,9 +1,11 @@
 """
-Training speed and memory beside the dense two-stream pass and GPT-2: `python -m benchmarks.training`.
+Training speed and memory beside dense two-stream passes and GPT-2: `python -m benchmarks.training`.
 
 A step is one forward and one backward pass over a batch of random tokens; bfloat16 means autocast over float32
-weights. The dense reference (`benchmarks/dense.py`) is the same network in the paper's own formulation: the 2L x 2L
-mask, all queries in every layer and the logits of all positions.
+weights. Beside it, in the same run: GPT-2, and three dense forms of the same network. `benchmarks/dense.py` is the
+paper's own formulation (the 2L x 2L mask in SDPA, all queries in every layer, shifts and gates per token, logits of
+all positions), by our own matrix kernel and by `nn.Linear`, as the published code has it; `eager` is this
+package's reference attention, which holds all scores under the dense mask.
 
 MFU is the FLOPs of the matrix products that a formulation needs, over what the device could do in the time. Per token
 of text, with P the weights of all layers' projections and E those of the output projection,
@@ -17,6 +19,7 @@ masked half of the tokens alone.
 
 import argparse
 import dataclasses
+import sys
 
 import torch
 
@@ -35,7 +38,13 @@ from .common import (
 from .dense import dense_loss
 
 
-NAMES = {"bd3lm": "BD3-LM", "dense": "BD3-LM, dense formulation", "gpt2": "GPT-2"}
+NAMES = {
+    "bd3lm": "BD3-LM",
+    "dense": "BD3-LM, dense formulation",
+    "plain_dense": "BD3-LM, dense formulation by `nn.Linear`",
+    "eager": "BD3-LM, `eager`",
+    "gpt2": "GPT-2",
+}
 # bfloat16 with float32 accumulation, dense matrices, as the makers state it.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
 
@@ -55,19 +64,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_step(name: str, size: Size, dtype: str, arguments: argparse.Namespace):
     """A function that runs one training step of the model called `name` and returns the loss."""
-    model = make_gpt2(size) if name == "gpt2" else make_bd3lm(size, arguments.attn_implementation)
+    attn_implementation = "eager" if name == "eager" else arguments.attn_implementation
+    model = make_gpt2(size) if name == "gpt2" else make_bd3lm(size, attn_implementation)
     model = model.train().to(arguments.device)
+    has_onednn = torch.backends.mkldnn.enabled and name != "plain_dense"
     ids = torch.randint(size.vocab_size - 1, (size.batch_size, size.length), device=arguments.device)
 
     def plain_loss(ids: torch.Tensor) -> torch.Tensor:
-        return dense_loss(model, ids) if name == "dense" else model(input_ids=ids, labels=ids).loss
+        return dense_loss(model, ids) if "dense" in name else model(input_ids=ids, labels=ids).loss
 
     loss_of = torch.compile(plain_loss) if arguments.compile else plain_loss
 
     def step() -> float:
-        with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = loss_of(ids)
-        loss.backward()
+        with torch.backends.mkldnn.flags(enabled=has_onednn):
+            with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = loss_of(ids)
+            loss.backward()
         model.zero_grad()
         # Waits for the device.
         return loss.item()
@@ -122,20 +134,25 @@ def main() -> None:
             steps = {name: make_step(name, size, dtype, arguments) for name in NAMES}
             seconds = interleaved_medians(steps, arguments.repeats)
             del steps
-            for name, label in NAMES.items():
-                memory = peak_memory_mib(
+            memory = {
+                name: peak_memory_mib(
                     "benchmarks.training",
                     *("--sizes", size_name, "--model", name, "--dtype", dtype),
                     *("--batch_size", str(size.batch_size), *flags),
                 )
+                for name in NAMES
+            }
+            for name, label in NAMES.items():
                 tokens_per_second = size.batch_size * size.length / seconds[name]
-                figures = [f"{tokens_per_second:.0f}"]
-                figures += [f"{seconds[other] / seconds[name]:.2f}" for other in ("gpt2", "dense")]
+                figures = [f"{tokens_per_second:.0f}", f"{seconds[name] / seconds['bd3lm']:.2f}"]
+                figures += [f"{memory[name]:.0f}", f"{memory['bd3lm'] / memory[name]:.2f}"]
                 if peak is not None:
                     figures.append(f"{flops_per_token(name, size) * tokens_per_second / (peak * 1e12):.1%}")
-                rows.append([size_name, str(size.batch_size), dtype, label, *figures, f"{memory:.0f}"])
-    header = ["size", "batch", "precision", "model", "tokens/s", "x GPT-2", "x dense"]
-    print_table([*header, *(["MFU"] if peak is not None else []), "peak memory, MiB"], rows)
+                rows.append([size_name, str(size.batch_size), dtype, label, *figures])
+                print(" ".join(rows[-1]), file=sys.stderr)
+    header = ["size", "batch", "precision", "model", "tokens/s", "BD3-LM's speed, x this"]
+    header += ["peak memory, MiB", "BD3-LM's memory, x this"]
+    print_table([*header, *(["MFU"] if peak is not None else [])], rows)
 
 
 if __name__ == "__main__":
