@@ -50,7 +50,9 @@ class CommitCache(Cache):
             states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
             layer.cumulative_length.sub_(num_transient)
             return states
-        is_read_as_it_is = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer)
+        if isinstance(layer, WindowLayer) and not self.cache.offloading:
+            return layer.read(key_states, value_states, self.num_commit)
+        is_read_as_it_is = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
         if self.num_commit == 0 and is_read_as_it_is and not self.cache.offloading:
             cached_keys, cached_values = layer.keys, layer.values
         else:
@@ -64,19 +66,65 @@ class CommitCache(Cache):
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """A sliding layer whose window may be widened while it is in use."""
+    """
+    A sliding layer that is written in place, and whose window may be widened while it is in use.
+
+    Keys and values lie in buffers with room behind them, where positions are added, and where the transient ones of a
+    denoising pass stand for its duration. Once the room is used up, the window moves to new buffers.
+    """
 
     def __init__(self, window: int):
         # Transformers counts the token that is being predicted as part of the window.
         super().__init__(sliding_window=window + 1)
+        self._buffers: set[int] = set()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         num_held = self.keys.shape[-2] if self.cumulative_length else 0
         return num_held + query_length, self.cumulative_length - num_held
 
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.cumulative_length = 0
+
     def widen(self, window: int) -> None:
         """Keeps at least so many positions from now on."""
         self.sliding_window = max(self.sliding_window, window + 1)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read(key_states, value_states, key_states.shape[-2])
+
+    def read(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_commit: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything held, then all positions given [batch, heads, length, head_dim], of which the first are kept."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
+        num_kept = self.keys.shape[-2] + num_commit
+        kept = slice(max(0, num_kept - self.sliding_window + 1), num_kept)
+        full = self._extended(self.keys, key_states), self._extended(self.values, value_states)
+        self._buffers = {states.untyped_storage().data_ptr() for states in full}
+        self.keys, self.values = (states[:, :, kept] for states in full)
+        self.cumulative_length += num_commit
+        return full
+
+    def _extended(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """`held` and `states` one behind the other, in the buffer of `held` where that has room."""
+        if torch.is_grad_enabled() and states.requires_grad:
+            return torch.cat([held, states], dim=-2)
+        num_held, head_dim = held.shape[-2:]
+        length = num_held + states.shape[-2]
+        is_own = held.untyped_storage().data_ptr() in self._buffers
+        if is_own and held.storage_offset() // head_dim + length <= held.stride(1) // head_dim:
+            extended = held.as_strided((*held.shape[:2], length, head_dim), held.stride())
+        else:
+            room = max(num_held // 4, 64)
+            extended = states.new_empty(*states.shape[:2], length + room, head_dim)[:, :, :length]
+            extended[:, :, :num_held] = held
+        extended[:, :, num_held:] = states
+        return extended
 
 
 def sliding_cache(num_layers: int, window: int) -> DynamicCache:

@@ -1,7 +1,7 @@
 """The layers of the network: layer norm, noise embedding, rotary positions, attention, MLP."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,8 +13,15 @@ from .configuration_bd3lm import BD3LMConfig
 from .linear_bd3lm import BD3LMLinear, GatedLinear, GatedMLP, NormedLinear
 
 
+class FoldedNorm(NamedTuple):
+    """Weight and bias [hidden] of a layer norm that holds its shift and scale already, and stands in their place."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
 # Shifts, scales and gates: one for all tokens [hidden], of each row or token [batch, 1 or length, hidden], or none.
-Modulation = tuple[torch.Tensor | None, ...]
+Modulation = tuple[torch.Tensor | FoldedNorm | None, ...]
 
 
 def modulation_parts(projection: nn.Module, condition: torch.Tensor, num_parts: int) -> Modulation:
@@ -25,7 +32,9 @@ def modulation_parts(projection: nn.Module, condition: torch.Tensor, num_parts: 
 def select_modulation(modulation: Modulation, selection: torch.Tensor | slice | None) -> Modulation:
     """The modulation of the selected tokens."""
     return tuple(
-        part if part is None or part.dim() == 1 or part.shape[1] == 1 else select_tokens(part, selection)
+        part
+        if part is None or isinstance(part, FoldedNorm) or part.dim() == 1 or part.shape[1] == 1
+        else select_tokens(part, selection)
         for part in modulation
     )
 
@@ -42,11 +51,21 @@ class BD3LMLayerNorm(nn.Module):
         self, hidden_states: torch.Tensor, shift: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         size = self.weight.shape
+        if isinstance(shift, FoldedNorm):
+            return nn.functional.layer_norm(hidden_states, size, shift.weight, shift.bias, self.eps)
         if shift is None or shift.dim() == 1:
             return nn.functional.layer_norm(
                 hidden_states, size, *self.affine_map(hidden_states, shift, scale), self.eps
             )
         return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps) * (1 + scale) + shift
+
+    def folded(self, modulation: Modulation) -> Modulation:
+        """A modulation for all tokens whose first two parts are this norm's shift and scale, with these folded."""
+        shift, scale, *others = modulation
+        if shift is None or shift.device != self.weight.device:
+            # Nothing to fold, or a weight that is offloaded until its layer runs.
+            return modulation
+        return (FoldedNorm(*self.affine_map(self.weight, shift, scale)), None, *others)
 
     def affine_map(
         self, hidden_states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None

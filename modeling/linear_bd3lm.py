@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Columns of an MLP's middle that are held at once: wide enough for full-speed matrix products.
 SLICE_WIDTH = 1536
 
@@ -22,6 +23,8 @@ def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """`torch.nn.functional.linear`: [..., in] x [out, in] -> [..., out], whichever kernel computes it."""
     if not takes_onednn(states, weight):
         return nn.functional.linear(states, weight, bias)
+    if not torch.is_grad_enabled() and states.is_contiguous():
+        return onednn_linear(states, weight, bias)
     product = OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear
     return product(states.reshape(-1, states.shape[-1]), weight, bias).view(*states.shape[:-1], -1)
 
@@ -33,20 +36,21 @@ def takes_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
     `torch.backends.mkldnn.flags(enabled=False)` leaves all products to MKL.
     """
     return (
-        not torch.compiler.is_compiling()
+        states.dtype is torch.float32
+        and weight.dtype is torch.float32
         and states.device.type == "cpu"
-        and states.dtype == weight.dtype == torch.float32
         and type(states) is torch.Tensor
-        and type(weight) in (torch.Tensor, nn.Parameter)
+        and type(weight) in (nn.Parameter, torch.Tensor)
         and states.numel() > 0
-        and torch.backends.mkldnn.is_available()
+        and HAS_ONEDNN
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     )
 
 
 def onednn_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The kernel itself, of matrices, each dense or the transpose of a dense one; it knows no gradient."""
+    """The kernel itself, of contiguous states [..., in] or matrices, whole or transposed; it knows no gradient."""
     return torch.ops.mkldnn._linear_pointwise(dense(states), dense(weight), bias, "none", [], "")
 
 

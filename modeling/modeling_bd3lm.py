@@ -274,7 +274,12 @@ class BD3LMModel(BD3LMPreTrainedModel):
         if self.config.adaln and self.config.time_conditioning:
             return None
         condition = self._condition(None, device)
-        return [layer.modulation(condition) for layer in self.layers] + [self._final_modulation(condition)]
+        modulations = []
+        for layer in self.layers:
+            parts = layer.modulation(condition)
+            parts = layer.input_layernorm.folded(parts[:3]) + layer.post_attention_layernorm.folded(parts[3:])
+            modulations.append(parts)
+        return [*modulations, self.norm.folded(self._final_modulation(condition))]
 
     def _final_modulation(self, condition: torch.Tensor | None) -> Modulation:
         return (None, None) if condition is None else modulation_parts(self.adaln_modulation, condition, 2)

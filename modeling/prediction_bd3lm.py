@@ -39,10 +39,11 @@ class PartialSortTopPLogitsWarper(TopPLogitsWarper):
     """
     `TopPLogitsWarper` that sorts the likeliest tokens alone where they hold the nucleus, as they nearly always do.
 
-    On a CPU, sorting a vocabulary of 50,000 costs as much as a small model's forward.
+    On a CPU, sorting a vocabulary of 50,000 costs as much as a small model's forward. Where the nucleus is wider, more
+    are sorted from then on, and all where that would be a good part of the vocabulary.
     """
 
-    NUM_SORTED = 512
+    num_sorted = 512
 
     @classmethod
     def of(cls, warper: TopPLogitsWarper) -> "PartialSortTopPLogitsWarper":
@@ -50,13 +51,15 @@ class PartialSortTopPLogitsWarper(TopPLogitsWarper):
         return cls(warper.top_p, warper.filter_value, warper.min_tokens_to_keep)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if scores.device.type != "cpu" or scores.shape[-1] <= self.NUM_SORTED:
-            return super().__call__(input_ids, scores)
-        likeliest, ids = scores.topk(self.NUM_SORTED, dim=-1)
-        probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
-        before = probabilities.cumsum(-1) - probabilities
-        kept = before < self.top_p
-        if kept[:, -1].any():
+        while scores.device.type == "cpu" and 4 * self.num_sorted < scores.shape[-1]:
+            likeliest, ids = scores.topk(self.num_sorted, dim=-1)
+            probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
+            before = probabilities.cumsum(-1) - probabilities
+            kept = before < self.top_p
+            if not kept[:, -1].any():
+                break
+            self.num_sorted *= 8
+        else:
             return super().__call__(input_ids, scores)
         kept[:, : self.min_tokens_to_keep] = True
         nucleus = likeliest.masked_fill(~kept, self.filter_value)

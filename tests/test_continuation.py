@@ -126,11 +126,12 @@ def test_a_cache_that_the_model_filled_holds_the_first_blocks_of_the_prompts():
     assert torch.equal(model.generate(prompts, max_new_tokens=8, seed=0, past_key_values=cache), expected)
 
 
-def test_a_cache_that_was_reset_starts_anew():
+@pytest.mark.parametrize("kind", ["sliding", "static"])
+def test_a_cache_that_was_reset_starts_anew(kind):
     model = make_model(eos_token_id=None)
     prompts = torch.stack(random_prompts([13, 13], vocab_size=30))
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    model.generate(prompts.flip(1), max_new_tokens=8, past_key_values=cache)
+    arguments = {"max_new_tokens": 8, "past_key_values": make_cache(kind, model), "return_dict_in_generate": True}
+    cache = model.generate(prompts.flip(1), **arguments).past_key_values
     cache.reset()
     expected = model.generate(prompts, max_new_tokens=8, seed=0)
     assert torch.equal(model.generate(prompts, max_new_tokens=8, seed=0, past_key_values=cache), expected)
