@@ -4,6 +4,7 @@ from setuptools import setup
 
 
 PEFT = ["peft>=0.18"]
+EVAL = ["evaluate>=0.4"]
 
 setup(
     name="bd3lm-hf",
@@ -24,12 +25,16 @@ setup(
     packages=["bd3lm_hf", "bd3lm_hf.cli", "bd3lm_hf.modeling"],
     # The folder that travels to the Hub stays visible as one folder of the repository.
     package_dir={"bd3lm_hf": "bd3lm_hf", "bd3lm_hf.modeling": "modeling"},
+    # `evaluate.load` reads the metrics as files.
+    package_data={"bd3lm_hf": ["metrics/*/*.py", "model_card_template.md"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
         "accelerate>=1.10",
         "datasets>=4.0",
+        "huggingface_hub>=1.0",
+        "jinja2>=3.1",
         "numpy",
         "safetensors>=0.6",
         "tokenizers>=0.22",
@@ -37,10 +42,10 @@ setup(
     ],
     extras_require={
         "peft": PEFT,
-        "eval": ["evaluate>=0.4"],
+        "eval": EVAL,
         "plots": ["matplotlib>=3.9"],
         "flash-attn": ["flash-attn>=2.7"],
-        "dev": ["build>=1.2", "parameterized>=0.9", "pytest>=8", "ruff>=0.14", *PEFT],
+        "dev": ["build>=1.2", "parameterized>=0.9", "pytest>=8", "ruff>=0.14", *PEFT, *EVAL],
     },
     entry_points={"console_scripts": ["bd3lm = bd3lm_hf.cli:main"]},
 )

@@ -11,6 +11,8 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Valu
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .tables import TABLE_FORMATS, is_saved_dataset, load_saved_dataset, read_files
+
 # Whoever reads a corpus needs these with it.
 from .tokenization import (  # noqa: F401
     MASK_TOKEN,
@@ -23,8 +25,6 @@ from .tokenization import (  # noqa: F401
 
 
 BUILTIN = "builtin"
-# Files of these kinds hold one document per row; any other file is one document of plain text.
-TABLE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Tests are optional parts of an installation, and `encodings` is tables of code points rather than text.
 BUILTIN_EXCLUDED = {"dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"}
 
@@ -95,9 +95,9 @@ def load_documents(
             - `"builtin"`: the source files of the Python standard library, one document each, in sorted order;
             - a file: plain UTF-8 text is one document; `.jsonl`, `.json`, `.csv` and `.parquet` hold one per row;
             - a folder: every `.txt`, `.md`, `.rst` or `.py` file below it is one document, in sorted order;
-            - the id of a dataset on the Hub: one document per row.
-        split: The split of a Hub dataset, in `datasets`' notation (`"train[:10%]"`).
-        text_column: The column of a Hub dataset or table that holds the text.
+            - a folder that `save_to_disk` wrote, or the id of a dataset on the Hub: one document per row.
+        split: The split of a Hub dataset or saved one, in `datasets`' notation (`"train[:10%]"`).
+        text_column: The column of a dataset or table that holds the text.
         dataset_config: The configuration of a Hub dataset that has several.
         streaming: Return an `IterableDataset`, which reads (and downloads) a table or Hub dataset as it is iterated
             over.
@@ -105,41 +105,45 @@ def load_documents(
     Plain text is held in memory; tables and Hub datasets are memory-mapped from `datasets`' cache or streamed.
 
     Raises:
-        ValueError: if there is no such source, a file is not UTF-8, the column is missing or there is no text (for
-            which a streamed table is not searched).
+        ValueError: if there is no such source, a file cannot be read or is not UTF-8, the column is missing or there
+            is no text (for which a streamed table is not searched).
     """
     path = Path(source).expanduser()
     if source == BUILTIN:
         return _read_text_files(_builtin_files(), source, streaming)
-    if path.is_dir():
+    if path.is_dir() and not is_saved_dataset(path):
         suffixes = {".md", ".py", ".rst", ".txt"}
         files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
         return _read_text_files(files, source, streaming)
     if path.is_file() and path.suffix not in TABLE_FORMATS:
         return _read_text_files([path], source, streaming)
     table = load_table(source, split=split, dataset_config=dataset_config, streaming=streaming)
-    return _select_text(table, source, text_column)
+    return select_text(table, source, text_column)
 
 
 def load_table(
     source: str, *, split: str = "train", dataset_config: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:
     """
-    Read a table file (`.jsonl`, `.json`, `.csv`, `.parquet`) or a dataset of the Hub, with all its columns.
+    Read a table file (`.jsonl`, `.json`, `.csv`, `.parquet`), a folder that `save_to_disk` wrote, or a dataset of the
+    Hub, with all its columns.
 
     Args:
         source, split, dataset_config, streaming: see [`load_documents`].
 
     Raises:
-        ValueError: if there is no such source.
+        ValueError: if there is no such source or it cannot be read.
     """
     path = Path(source).expanduser()
+    if is_saved_dataset(path):
+        return load_saved_dataset(path, split, streaming)
     if path.is_file() and path.suffix in TABLE_FORMATS:
-        return datasets.load_dataset(
-            TABLE_FORMATS[path.suffix], data_files=str(path), split="train", streaming=streaming
-        )
+        return read_files(TABLE_FORMATS[path.suffix], [path], f"data={source!r}", streaming)
     if path.exists():
-        raise ValueError(f"data={source!r} is no table; it takes {', '.join(TABLE_FORMATS)} or a Hub dataset id")
+        raise ValueError(
+            f"data={source!r} is no table; it takes {', '.join(TABLE_FORMATS)}, a folder that `save_to_disk` wrote or "
+            "a Hub dataset id"
+        )
     if source.startswith((".", "/", "~")) or path.suffix in {*TABLE_FORMATS, ".txt"}:
         raise ValueError(f"data={source!r} does not exist; it takes a file, a folder, a Hub dataset id or {BUILTIN!r}")
     try:
@@ -166,21 +170,21 @@ def _read_text_files(files: list[Path], source: str, streaming: bool) -> Dataset
         except UnicodeDecodeError as error:
             raise ValueError(f"data={source!r}: {file} is not UTF-8 text: {error}") from error
     documents = Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
-    documents = _require_text(documents, f"data={source!r}")
+    documents = require_text(documents, f"data={source!r}")
     return documents.to_iterable_dataset() if streaming else documents
 
 
-def _select_text(table: Dataset | IterableDataset, source: str, text_column: str) -> Dataset | IterableDataset:
+def select_text(table: Dataset | IterableDataset, source: str, text_column: str) -> Dataset | IterableDataset:
     columns = column_names(table)
     if text_column not in columns:
         raise ValueError(f"text_column={text_column!r} is not a column of {source!r}; it has {columns}")
     documents = table.select_columns(text_column)
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    return documents if isinstance(documents, IterableDataset) else _require_text(documents, f"data={source!r}")
+    return documents if isinstance(documents, IterableDataset) else require_text(documents, f"data={source!r}")
 
 
-def _require_text(documents: Dataset, name: str) -> Dataset:
+def require_text(documents: Dataset, name: str) -> Dataset:
     if not any(text and not text.isspace() for text in documents["text"]):
         raise ValueError(f"{name} holds no text ({len(documents)} documents)")
     return documents
@@ -213,7 +217,7 @@ def split_documents(documents: Dataset, held_out_fraction: float, seed: int = 0)
         }
     return DatasetDict(
         {
-            name: _require_text(split, f"held_out_fraction={held_out_fraction}: the split {name!r}")
+            name: require_text(split, f"held_out_fraction={held_out_fraction}: the split {name!r}")
             for name, split in splits.items()
         }
     )

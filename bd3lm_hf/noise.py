@@ -4,6 +4,7 @@ The noise of training and evaluation, drawn so that it depends on the seed, the 
 However a batch is cut into smaller ones, over devices or over time, each row meets the same noise.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -143,7 +144,7 @@ class NoiseSampler:
         noise_interval: tuple[float, float],
         x_0: torch.Tensor,
         blocks: TextBlocks,
-        rows: range,
+        rows: Sequence[int],
         num_rows: int,
         seed: tuple[int, ...],
     ) -> Noise:

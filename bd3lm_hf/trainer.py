@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from .modeling.configuration_bd3lm import BD3LMConfig
 from .modeling.diffusion_bd3lm import FULL_NOISE_INTERVAL
 from .modeling.text_bd3lm import TextBlocks
 from .noise import Noise, NoiseSampler
+from .publishing import PublishingMixin
 from .tokenization import token_byte_counts
 from .training_args import BD3LMTrainingArguments
+from .training_summary import SUMMARY_FILE
 from .variance import BlockLosses
 
 
@@ -36,7 +39,7 @@ TEXT_INPUTS = ("labels", "attention_mask", "position_ids", "document_ids")
 BLOCK_STATISTICS = ("t", "num_masked", "num_tokens", "loss", "num_bytes")
 
 
-class BD3LMTrainer(Trainer):
+class BD3LMTrainer(PublishingMixin, Trainer):
     """
     Trains block diffusion language models (arXiv 2503.09573) as `Trainer` trains any other.
 
@@ -180,7 +183,11 @@ class BD3LMTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`, with the metrics that stand in the description of this class."""
         with self._averaged_weights():
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        if not self.is_in_train and self.state.global_step and Path(self.args.output_dir, SUMMARY_FILE).is_file():
+            # What is found out about the saved weights belongs to their card.
+            self.save_summary(self.args.output_dir)
+        return metrics
 
     def evaluation_loop(
         self,
@@ -251,13 +258,15 @@ class BD3LMTrainer(Trainer):
         if not is_checkpoint:
             weights = self._averaged_weights() if self.args.export_ema else contextlib.nullcontext()
             with weights, own_class(self.model):
-                return super().save_model(output_dir, _internal_call)
+                super().save_model(output_dir, _internal_call)
+            return self.save_summary(output_dir or self.args.output_dir)
         if self.args.should_save:
             mark_incomplete(output_dir)
         with own_class(self.model):
             super().save_model(output_dir, _internal_call)
         if self.ema_callback is not None and self.ema_callback.weights is not None:
             self.ema_callback.weights.save(output_dir, self.args.should_save)
+        self.save_summary(output_dir, is_checkpoint=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -286,7 +286,7 @@ def gradient_variance(
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             yield [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
-    with _evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         total = 0
         mean = [torch.zeros_like(parameter) for parameter in parameters]
         for total, gradient in enumerate(gradients("Mean gradient"), start=1):
@@ -321,7 +321,7 @@ def score_blocks(
     collate = BD3LMDataCollator(config.pad_token_id or 0, config.ignore_bos)
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("t", "num_masked", "num_tokens", "loss", "sequence")}
     total = num_draws * len(sequences)
-    with _evaluation_mode(model), tqdm(total=total, unit=" sequences", disable=not progress) as bar:
+    with evaluation_mode(model), tqdm(total=total, unit=" sequences", disable=not progress) as bar:
         for draw in range(num_draws):
             for start in range(0, len(sequences), batch_size):
                 batch = collate([{"input_ids": ids} for ids in sequences[start : start + batch_size]])
@@ -364,7 +364,8 @@ def _draw_noise(
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model) -> Iterator[None]:
+def evaluation_mode(model) -> Iterator[None]:
+    """The model without dropout, and left in the mode it was in."""
     was_training = model.training
     model.eval()
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_conversion import PublishedModel
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 from bd3lm_hf.cli import COMMANDS, main
@@ -207,13 +207,14 @@ def test_traceback_is_shown_when_asked_for():
 def test_evaluate_agrees_with_what_training_reported(trained, tmp_path, capsys):
     held_out = trained.parent / "held_out.txt"
     figures = tmp_path / "likelihood.json"
-    flags = ["--num_draws", "8", "--batch_size", "16", "--seed", "3", "--json", str(figures)]
+    flags = ["--estimator", "stratified", "--batch_size", "16", "--seed", "3", "--json", str(figures)]
     assert main(["evaluate", str(trained), "--data", str(held_out), *flags]) == 0
     reported = json.loads((trained / "metrics.json").read_text())["after"]
     measured = json.loads(figures.read_text())
     error = math.hypot(measured["draw_standard_error"], reported["nelbo_standard_error"])
     assert measured["nelbo"] == pytest.approx(reported["nelbo"], abs=4 * error)
-    assert error < 0.2 * measured["nelbo"]
+    assert 0 < error < 0.2 * measured["nelbo"]
+    assert (measured["estimator"], measured["num_draws"], measured["seed"]) == ("stratified", 2, 3)
     assert measured["num_bytes"] == held_out.stat().st_size
     printed = capsys.readouterr().out
     assert f"perplexity {measured['perplexity']:.2f}" in printed
@@ -233,9 +234,57 @@ def test_evaluate_scores_familiar_text_better_than_noise(trained, corpus, tmp_pa
     assert perplexities[1] > 3 * perplexities[0]
 
 
+def test_evaluate_slides_a_window_over_each_document(trained, corpus, tmp_path, capsys):
+    lines = corpus.read_text().splitlines()
+    documents = tmp_path / "documents.jsonl"
+    texts = ["", *("\n".join(lines[:number]) for number in (1, 30))]
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    figures = tmp_path / "figures.json"
+
+    def evaluate(*flags):
+        assert main(["evaluate", str(trained), "--data", str(documents), "--json", str(figures), *flags]) == 0
+        return json.loads(figures.read_text()), capsys.readouterr().out
+
+    measured, _ = evaluate("--window", "--stride", "4")
+    assert (measured["estimator"], measured["window"], measured["stride"]) == ("exact", 32, 4)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    # Each token but BOS, EOS among them.
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in texts[1:]]
+    assert (measured["num_tokens"], measured["num_sequences"]) == (sum(lengths), 2)
+    assert len(measured["nelbo_per_position"]) == 1 + lengths[-1] > 32
+    assert measured["num_bytes"] == sum(map(len, texts))
+    less_context, printed = evaluate(
+        "--window", "8", "--estimator", "monte_carlo", "--target_error", "1e-9", *("--max_draws", "3")
+    )
+    assert (less_context["window"], less_context["num_draws"], less_context["target_reached"]) == (8, 3, False)
+    assert "NOT within the target error of 1e-09" in printed
+
+
+def test_evaluate_scores_an_autoregressive_model_on_the_same_tokens(trained, corpus, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    results = []
+    for model in (trained, tmp_path / "gpt2"):
+        flags = ["--max_eval_sequences", "4", "--json", str(tmp_path / "figures.json")]
+        assert main(["evaluate", str(model), "--data", str(corpus), *flags]) == 0
+        results.append(json.loads((tmp_path / "figures.json").read_text()))
+    ours, theirs = results
+    for name in ("num_tokens", "num_bytes", "num_sequences", "window", "estimator"):
+        assert ours[name] == theirs[name], name
+    assert (ours["block_size"], theirs["block_size"]) == (4, 1)
+    # Untrained, it finds all tokens about equally likely.
+    assert theirs["nelbo"] == pytest.approx(math.log(len(tokenizer)), rel=0.02)
+
+
 def test_evaluation_mistakes_are_one_line(trained, corpus, tmp_path, capsys):
     evaluate = ["evaluate", trained, "--data", corpus]
     assert "num_draws=0 must be at least 1" in error_of([*evaluate, "--num_draws", "0"], capsys)
+    assert "--stride takes --window" in error_of([*evaluate, "--stride", "4"], capsys)
+    assert "--window excludes --length" in error_of([*evaluate, "--window", "--length", "8"], capsys)
+    assert "`window` must be at least 2 tokens" in error_of([*evaluate, "--window", "6"], capsys)
     assert "num_sequences=0 must be at least 1" in error_of([*evaluate, "--max_eval_sequences", "0"], capsys)
     assert "tokenizer=" in error_of(["evaluate", tmp_path, "--data", corpus], capsys)
 

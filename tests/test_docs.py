@@ -12,8 +12,9 @@ from unittest import mock
 
 import pytest
 from conftest import randomize
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from bd3lm_hf import SAMPLERS, BD3LMConfig, BD3LMForMaskedLM, load_documents, train_tokenizer
+from bd3lm_hf import SAMPLERS, BD3LMConfig, BD3LMForMaskedLM, load_documents, load_tokenizer, train_tokenizer
 from bd3lm_hf.cli import main
 from bd3lm_hf.cli.train import train_arguments
 
@@ -21,6 +22,7 @@ from bd3lm_hf.cli.train import train_arguments
 README = Path(__file__).parents[1] / "README.md"
 TRAINING = README.parent / "docs" / "training.md"
 GENERATION = README.parent / "docs" / "generation.md"
+EVALUATION = README.parent / "docs" / "evaluation.md"
 # What the commands of docs/training.md are given in the place of their sizes.
 TINY = {
     "--vocab_size": ["300"],
@@ -146,6 +148,25 @@ def test_the_page_on_training_runs_from_top_to_bottom(tmp_path, monkeypatch, cap
     assert Path("my-adapter", "adapter_model.safetensors").is_file()
     namespace = run_python(TRAINING)
     assert namespace["trainer"].state.global_step == 20
+
+
+def test_the_page_on_evaluation_runs_from_top_to_bottom(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    tokenizer = load_tokenizer(folder / "bd3lm-demo")
+    config = BD3LMConfig.from_pretrained(folder / "bd3lm-demo", max_position_embeddings=128)
+    randomize(BD3LMForMaskedLM(config)).save_pretrained("my-model")
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=1)).save_pretrained("my-gpt2")
+    for name in ("my-model", "my-gpt2"):
+        tokenizer.save_pretrained(name)
+    text = README.read_text(encoding="utf-8")
+    Path("corpus.txt").write_text(text[:800], encoding="utf-8")
+    Path("documents.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in (text[:300], "Once")))
+    for words in commands(EVALUATION):
+        assert main(words) in (0, None)
+        assert "nats per token" in capsys.readouterr().out
+    assert json.loads(Path("likelihood.json").read_text())["estimator"] == "exact"
+    assert run_python(EVALUATION)["likelihood"].window == 128
 
 
 def test_every_link_of_the_documentation_leads_somewhere():

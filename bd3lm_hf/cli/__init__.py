@@ -10,17 +10,19 @@ from .common import HelpFormatter
 
 
 DESCRIPTION = """\
-Block diffusion language models: train, evaluate, sample and convert them.
+Block diffusion language models: train, evaluate, sample, publish and convert them.
 
   bd3lm demo       train a small model on the Python standard library and watch it write (5 minutes on 2 CPU cores)
   bd3lm train      train a model on a text file, a folder, a Hub dataset or the built-in corpus
   bd3lm evaluate   perplexity and bits per byte of a text under a model
   bd3lm generate   continue prompts
+  bd3lm quality    perplexity under a judge, entropy, diversity and lengths of samples
+  bd3lm push       publish a trained model on the Hub, with a model card
   bd3lm convert    bring a published checkpoint, or one of the published training code, into this package's format
 
 `bd3lm COMMAND --help` explains a command, with examples."""
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "convert")
+COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

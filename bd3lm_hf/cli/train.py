@@ -19,6 +19,7 @@ examples:
       --block_size 4 --length 256 --max_steps 500
   bd3lm train --data corpus.txt --tokenizer gpt2 --block_size 16 --length 1024 --bf16 --output_dir my-model
   bd3lm train --data Salesforce/wikitext --dataset_config wikitext-103-raw-v1 --vocab_size 16384 --num_train_epochs 2
+  bd3lm train --data lm1b --eval_data lm1b --eval_split test --tokenizer gpt2 --length 128
   bd3lm train --data corpus.txt --model my-model --block_size 4            go on with smaller blocks
   bd3lm train --examples chats.jsonl --model my-model --lora_rank 16       fine-tune an adapter
   bd3lm train ... --output_dir my-model --resume_from_checkpoint last      go on after an interruption
@@ -63,7 +64,18 @@ class DataArguments:
     max_eval_sequences: int = field(
         default=256, metadata={"help": "Evaluate on at most this many held-out sequences, drawn at random."}
     )
+    corpus: str | None = field(
+        default=None,
+        metadata={
+            "help": "Read --data and --eval_data as copies of this corpus, detokenized and split as in papers: "
+            "wikitext2, wikitext103, ptb, lm1b, lambada, ag_news, scientific_papers_pubmed, scientific_papers_arxiv, "
+            "openwebtext or text8. --data takes these names, too, for the copies on the Hub."
+        },
+    )
     split: str | None = field(default=None, metadata={"help": SOURCE_OPTIONS["split"]})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "The split of --eval_data, e.g. validation. (default: --split)"}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": SOURCE_OPTIONS["dataset_config"]})
     text_column: str | None = field(default=None, metadata={"help": SOURCE_OPTIONS["text_column"]})
     streaming: bool = field(
@@ -177,6 +189,10 @@ def _check_arguments(data_args: DataArguments, model_args: ModelArguments, train
         raise ValueError(
             f"one of --data and --examples must be given, but got {data_args.data!r} and {data_args.examples!r}"
         )
+    if data_args.corpus is not None and data_args.examples is not None:
+        raise ValueError(f"--corpus={data_args.corpus} goes with --data, not with --examples")
+    if data_args.eval_split is not None and data_args.eval_data is None:
+        raise ValueError(f"--eval_split={data_args.eval_split} is the split of --eval_data, which must be given")
     if data_args.packing and data_args.examples is None:
         raise ValueError("--packing goes with --examples; the documents of --data are always packed")
     if model_args.lora_rank is not None and model_args.model is None:
@@ -280,14 +296,17 @@ def _checkpoint_to_resume(training_args) -> str | None:
 def _load_splits(data_args: DataArguments, seed: int):
     from datasets import DatasetDict, IterableDatasetDict
 
-    from ..data import limit_bytes, load_documents, load_table, split_documents
+    from ..corpora import load_corpus
+    from ..data import limit_bytes, load_table, split_documents
 
-    load, options = load_documents, given(data_args, SOURCE_OPTIONS)
+    load, options = load_corpus, given(data_args, ["corpus", *SOURCE_OPTIONS])
     if data_args.examples is not None:
         load = load_table
         options.pop("text_column", None)
     documents = load(data_args.examples or data_args.data, streaming=data_args.streaming, **options)
     if data_args.eval_data is not None:
+        if data_args.eval_split is not None:
+            options["split"] = data_args.eval_split
         held_out = load(data_args.eval_data, **options)
         splits = (IterableDatasetDict if data_args.streaming else DatasetDict)(train=documents)
         splits["held_out"] = held_out
