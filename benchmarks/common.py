@@ -36,7 +36,7 @@ SIZES = {"small": Size(384, 6, 6, 8192, 512, 4), "large": Size(768, 12, 12, 5025
 BLOCK_SIZE = 4
 
 
-def make_bd3lm(size: Size, attn_implementation: str = "sdpa") -> BD3LMForMaskedLM:
+def make_bd3lm(size: Size, attn_implementation: str = "sdpa", block_size: int = BLOCK_SIZE) -> BD3LMForMaskedLM:
     """A BD3-LM without dropout; its closed gates are opened a little, so that no branch is trivially zero."""
     torch.manual_seed(0)
     config = BD3LMConfig(
@@ -45,7 +45,7 @@ def make_bd3lm(size: Size, attn_implementation: str = "sdpa") -> BD3LMForMaskedL
         num_hidden_layers=size.num_layers,
         num_attention_heads=size.num_heads,
         max_position_embeddings=size.length,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         hidden_dropout=0.0,
     )
     model = BD3LMForMaskedLM._from_config(config, attn_implementation=attn_implementation)
@@ -119,6 +119,12 @@ def benchmark_parser(description: str, names: Iterable[str]) -> argparse.Argumen
 def benchmark_arguments(description: str, names: Iterable[str]) -> argparse.Namespace:
     """The flags of a benchmark that has no others."""
     return benchmark_parser(description, names).parse_args()
+
+
+def resident_memory_mib() -> float:
+    """What this process holds in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def print_own_peak_memory(device: str = "cpu") -> None:

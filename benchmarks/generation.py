@@ -1,9 +1,12 @@
 """
 Generation speed and memory beside a plain loop and GPT-2's `generate`: `python -m benchmarks.generation`.
 
-One text at a time, nucleus sampling with p = 0.9, random weights. The plain loop is the same network and sampler with
-a commit pass of its own after each block and the logits of every position of the block at every step.
+Nucleus sampling with p = 0.9, random weights, one text at a time unless a row says how many. The plain loop is the
+same network and sampler with a commit pass of its own after each block and the logits of every position of the block
+at every step.
 """
+
+import sys
 
 import torch
 from transformers import DynamicCache, TopPLogitsWarper
@@ -26,10 +29,14 @@ from .common import (
 
 NAMES = {
     "bd3lm": "BD3-LM, `first_hitting`",
+    "bd3lm_16": "BD3-LM, `first_hitting`, block size 16",
+    "bd3lm_batch": "BD3-LM, `first_hitting`, 8 texts",
     "parallel": "BD3-LM, `confidence`, 2 steps per block",
     "plain": "BD3-LM, plain loop",
     "gpt2": "GPT-2",
+    "gpt2_batch": "GPT-2, 8 texts",
 }
+BATCH_SIZE = 8
 PROMPT_LENGTH = 64
 NUM_NEW_TOKENS = {"small": 256, "large": 64}
 TOP_P = 0.9
@@ -59,9 +66,11 @@ def plain_loop(model: BD3LMForMaskedLM, prompt: torch.Tensor, num_new_tokens: in
 def make_run(name: str, size_name: str, num_new_tokens: int):
     """A function that generates with the model called `name` and returns its forwards per token."""
     size = SIZES[size_name]
-    model = (make_gpt2 if name == "gpt2" else make_bd3lm)(size).eval()
+    is_gpt2 = name.startswith("gpt2")
+    block_size = 16 if name == "bd3lm_16" else BLOCK_SIZE
+    model = (make_gpt2(size) if is_gpt2 else make_bd3lm(size, block_size=block_size)).eval()
     model.generation_config.eos_token_id = None
-    prompt = torch.randint(size.vocab_size - 1, (1, PROMPT_LENGTH))
+    prompt = torch.randint(size.vocab_size - 1, (num_texts(name), PROMPT_LENGTH))
     arguments = {
         "attention_mask": torch.ones_like(prompt),
         "max_new_tokens": num_new_tokens,
@@ -78,9 +87,13 @@ def make_run(name: str, size_name: str, num_new_tokens: int):
             return plain_loop(model, prompt, num_new_tokens) / num_new_tokens
         output = model.generate(prompt, **arguments)
         assert output.sequences.shape[1] == PROMPT_LENGTH + num_new_tokens
-        return 1.0 if name == "gpt2" else float(output.num_forward_passes[0]) / num_new_tokens
+        return 1.0 if is_gpt2 else float(output.num_forward_passes[0]) / num_new_tokens
 
     return run
+
+
+def num_texts(name: str) -> int:
+    return BATCH_SIZE if name.endswith("batch") else 1
 
 
 def main() -> None:
@@ -99,9 +112,11 @@ def main() -> None:
         seconds = interleaved_medians(runs, arguments.repeats)
         for name, label in NAMES.items():
             memory = peak_memory_mib("benchmarks.generation", "--sizes", size_name, "--model", name)
-            tokens_per_second, ratio = num_new_tokens / seconds[name], seconds["gpt2"] / seconds[name]
-            figures = [f"{tokens_per_second:.1f}", f"{ratio:.2f}", f"{forwards[name]:.2f}", f"{memory:.0f}"]
+            tokens_per_second = {other: num_texts(other) * num_new_tokens / seconds[other] for other in NAMES}
+            ratio = tokens_per_second[name] / tokens_per_second["gpt2"]
+            figures = [f"{tokens_per_second[name]:.1f}", f"{ratio:.2f}", f"{forwards[name]:.2f}", f"{memory:.0f}"]
             rows.append([size_name, label, *figures])
+            print(" ".join(rows[-1]), file=sys.stderr)
     print_table(["size", "model", "tokens/s", "x GPT-2", "forwards per token", "peak memory, MiB"], rows)
 
 
