@@ -221,6 +221,17 @@ def test_evaluate_agrees_with_what_training_reported(trained, tmp_path, capsys):
     assert f"{measured['bits_per_byte']:.3f} bits per byte" in printed
 
 
+def test_evaluate_reads_a_corpus_of_the_literature_as_papers_do(trained, tmp_path):
+    text, figures = tmp_path / "wiki.test.tokens", tmp_path / "figures.json"
+    text.write_text(" = Heading = \n\n It was well @-@ known , he said . \n" * 40)
+    scores = []
+    for flags in (["--corpus", "wikitext2", "--split", "test"], []):
+        assert main(["evaluate", str(trained), "--data", str(text), "--json", str(figures), *flags]) == 0
+        scores.append(json.loads(figures.read_text()))
+    # " @-@ ", " ," and " ." lose their blanks.
+    assert scores[0]["num_bytes"] < scores[1]["num_bytes"]
+
+
 def test_evaluate_scores_familiar_text_better_than_noise(trained, corpus, tmp_path):
     noise = tmp_path / "noise.txt"
     noise.write_text("qXv#9 ~~pL 00z! KjW@ %%rtY ;;;u\n" * 20)

@@ -161,6 +161,7 @@ def test_the_page_on_evaluation_runs_from_top_to_bottom(folder, tmp_path, monkey
         tokenizer.save_pretrained(name)
     text = README.read_text(encoding="utf-8")
     Path("corpus.txt").write_text(text[:800], encoding="utf-8")
+    Path("wiki.test.tokens").write_text(text[:800], encoding="utf-8")
     Path("documents.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in (text[:300], "Once")))
     for words in commands(EVALUATION):
         assert main(words) in (0, None)

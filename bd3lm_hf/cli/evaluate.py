@@ -17,7 +17,7 @@ evaluate ...`, share the work.
 
 examples:
   bd3lm evaluate bd3lm-demo --data corpus.txt --json likelihood.json
-  bd3lm evaluate my-model --data Salesforce/wikitext --dataset_config wikitext-103-raw-v1 --split test
+  bd3lm evaluate my-model --data wikitext103 --split validation
   bd3lm evaluate kuleshov-group/bd3lm-owt-block_size16 --tokenizer gpt2 --data corpus.txt --target_error 0.01
   bd3lm evaluate gpt2 --data documents.jsonl --window 1024 --stride 512"""
 
@@ -26,7 +26,8 @@ def run(argv: Sequence[str]) -> None:
     """`bd3lm evaluate`."""
     from accelerate import PartialState
 
-    from ..data import draw_sequences, load_documents, pack_documents
+    from ..corpora import load_corpus
+    from ..data import draw_sequences, pack_documents
     from ..estimators import ESTIMATOR_NAMES
     from ..evaluation import evaluate_likelihood, load_for_evaluation
     from ..windows import encode_documents
@@ -36,6 +37,12 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--data", required=True, help=f"What to score: {DATA_HELP}")
     for name, help_text in SOURCE_OPTIONS.items():
         parser.add_argument(f"--{name}", help=help_text)
+    parser.add_argument(
+        "--corpus",
+        help="Read --data as a copy of this corpus, detokenized and split as in papers: wikitext2, wikitext103, ptb, "
+        "lm1b, lambada, ag_news, scientific_papers_pubmed, scientific_papers_arxiv, openwebtext or text8. --data "
+        "takes these names, too, for the copies on the Hub.",
+    )
     parser.add_argument("--length", type=int, help="Tokens per packed sequence. (default: the model's context)")
     parser.add_argument(
         "--window",
@@ -73,7 +80,7 @@ def run(argv: Sequence[str]) -> None:
     model, tokenizer = load_for_evaluation(
         args.model, **given(args, ["tokenizer", "device", "dtype", "attn_implementation"])
     )
-    documents = load_documents(args.data, **given(args, SOURCE_OPTIONS))
+    documents = load_corpus(args.data, **given(args, ["corpus", *SOURCE_OPTIONS]))
     options = given(args, ["stride", "estimator", "num_draws", "target_error", "max_draws", "batch_size"])
     if args.window is None:
         length = args.length if args.length is not None else getattr(model.config, "max_position_embeddings", None)
