@@ -5,6 +5,8 @@ from setuptools import setup
 
 PEFT = ["peft>=0.18"]
 EVAL = ["evaluate>=0.4"]
+PLOTS = ["matplotlib>=3.9"]
+LM_EVAL = ["lm-eval>=0.4.13"]
 
 setup(
     name="bd3lm-hf",
@@ -43,9 +45,10 @@ setup(
     extras_require={
         "peft": PEFT,
         "eval": EVAL,
-        "plots": ["matplotlib>=3.9"],
+        "lm-eval": LM_EVAL,
+        "plots": PLOTS,
         "flash-attn": ["flash-attn>=2.7"],
-        "dev": ["build>=1.2", "parameterized>=0.9", "pytest>=8", "ruff>=0.14", *PEFT, *EVAL],
+        "dev": ["build>=1.2", "parameterized>=0.9", "pytest>=8", "ruff>=0.14", *PEFT, *EVAL, *PLOTS, *LM_EVAL],
     },
     entry_points={"console_scripts": ["bd3lm = bd3lm_hf.cli:main"]},
 )

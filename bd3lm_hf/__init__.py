@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .collators import BD3LMDataCollator
 from .conversion import convert_checkpoint, from_published_state_dict, to_published_state_dict
@@ -19,6 +20,7 @@ from .modeling.diffusion_bd3lm import (
     subs_log_probs,
 )
 from .modeling.generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+from .modeling.infilling_bd3lm import TEXT_INFILLING, TextInfillingPipeline
 from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMOutput, BD3LMPreTrainedModel
 from .modeling.samplers_bd3lm import (
     SAMPLERS,
@@ -63,6 +65,7 @@ __all__ = [
     "SAMPLERS",
     "SampleStatistics",
     "Sampler",
+    "TextInfillingPipeline",
     "convert_checkpoint",
     "detokenize",
     "encode_documents",
@@ -75,10 +78,15 @@ __all__ = [
     "load_documents",
     "load_for_evaluation",
     "load_tokenizer",
+    "loss_variance",
     "nelbo_variance",
     "noise_interval_grid",
     "pack_documents",
     "pack_examples",
+    "plot_attention_pattern",
+    "plot_denoising",
+    "plot_noise_schedules",
+    "plot_training",
     "prepare_finetuning",
     "push_to_hub",
     "sample_statistics",
@@ -95,6 +103,7 @@ AutoConfig.register(BD3LMConfig.model_type, BD3LMConfig)
 AutoModel.register(BD3LMConfig, BD3LMModel)
 AutoModelForMaskedLM.register(BD3LMConfig, BD3LMForMaskedLM)
 AutoModelForCausalLM.register(BD3LMConfig, BD3LMForMaskedLM)
+PIPELINE_REGISTRY.register_pipeline(TEXT_INFILLING, TextInfillingPipeline, pt_model=AutoModelForMaskedLM, type="text")
 
 
 # What needs Trainer or the package `datasets`, slow to import, is imported when it is asked for.
@@ -118,10 +127,15 @@ _LAZY = {
     "load_documents": "data",
     "load_for_evaluation": "evaluation",
     "load_tokenizer": "tokenization",
+    "loss_variance": "plots",
     "nelbo_variance": "variance",
     "noise_interval_grid": "variance",
     "pack_documents": "data",
     "pack_examples": "finetuning",
+    "plot_attention_pattern": "plots",
+    "plot_denoising": "plots",
+    "plot_noise_schedules": "plots",
+    "plot_training": "plots",
     "prepare_finetuning": "finetuning",
     "push_to_hub": "hub",
     "sample_statistics": "quality",

@@ -112,26 +112,25 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     def _extended(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """`held` and `states` one behind the other, in the buffer of `held` where that has room."""
-        if torch.is_grad_enabled() and states.requires_grad:
+        if torch.is_grad_enabled():
+            # What is kept for a gradient must not be written over.
             return torch.cat([held, states], dim=-2)
         num_held, head_dim = held.shape[-2:]
         length = num_held + states.shape[-2]
-        is_own = held.untyped_storage().data_ptr() in self._buffers
-        if is_own and held.storage_offset() // head_dim + length <= held.stride(1) // head_dim:
+        is_writable = (
+            held.untyped_storage().data_ptr() in self._buffers
+            and held.dtype == states.dtype
+            and (torch.is_inference_mode_enabled() or not held.is_inference())
+        )
+        if is_writable and held.storage_offset() // head_dim + length <= held.stride(1) // head_dim:
             extended = held.as_strided((*held.shape[:2], length, head_dim), held.stride())
         else:
-            room = max(num_held // 4, 64)
-            extended = states.new_empty(*states.shape[:2], length + room, head_dim)[:, :, :length]
+            shape = (*states.shape[:2], length + max(num_held // 4, 64), head_dim)
+            buffer = states.new_empty(shape, dtype=torch.promote_types(held.dtype, states.dtype))
+            extended = buffer[:, :, :length]
             extended[:, :, :num_held] = held
         extended[:, :, num_held:] = states
         return extended
-
-
-def sliding_cache(num_layers: int, window: int) -> DynamicCache:
-    """A cache that grows up to the last `window` tokens, all that a block can see, and then keeps its size."""
-    cache = DynamicCache()
-    cache.layers = [WindowLayer(window) for _ in range(num_layers)]
-    return cache
 
 
 class CleanText:
@@ -221,6 +220,45 @@ class CleanText:
         columns = torch.arange(self.num_columns, device=self.ids.device)
         return int(torch.where(is_visible, columns, self.num_columns).min()) if self.num_columns else 0
 
+    def most_columns_seen(self, window: int, block_size: int, num_stages: int) -> int:
+        """How many of the last columns any of the next blocks sees, the blocks appended until then included."""
+        columns = torch.arange(self.num_columns, device=self.ids.device)
+        # The last of the next blocks to see a column; a text shorter than the window goes on seeing its beginning.
+        stage = ((self.positions + window - self.length[:, None]) // block_size).clamp(max=num_stages)
+        is_seen = (self.positions >= 0) & (stage >= 0)
+        num_columns = torch.where(is_seen, self.num_columns + stage * block_size - columns, 0)
+        return int(num_columns.max()) if num_columns.numel() else 0
+
+
+class TextCache(DynamicCache):
+    """A dynamic cache whose clean text follows its rows and positions where Transformers' methods rearrange them."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._keep_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._keep_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.get_seq_length():
+            rows = torch.arange(self.clean_text.ids.shape[0], device=self.clean_text.ids.device)
+            self._keep_rows(rows.repeat_interleave(repeats))
+
+    def _keep_rows(self, rows: torch.Tensor) -> None:
+        if self.get_seq_length():
+            text = self.clean_text
+            self.clean_text = CleanText(text.ids[rows], text.positions[rows], text.length[rows], text.num_cached)
+
+
+def sliding_cache(num_layers: int, window: int) -> TextCache:
+    """A cache that grows up to the last `window` tokens, all that a block can see, and then keeps its size."""
+    cache = TextCache()
+    cache.layers = [WindowLayer(window) for _ in range(num_layers)]
+    return cache
+
 
 def match_cache(
     cache: Cache, prefix: torch.Tensor, length: torch.Tensor, block_size: int, window: int, num_stages: int
@@ -239,17 +277,27 @@ def match_cache(
             still seen.
     """
     num_cached, num_rows = int(cache.get_seq_length()), prefix.shape[0]
-    for layer in cache.layers:
-        if num_cached and layer.is_initialized and layer.keys.shape[0] != num_rows:
+    cached = getattr(cache, "clean_text", None) if num_cached else None
+    sizes = [layer.keys.shape[0] for layer in cache.layers if num_cached and layer.is_initialized]
+    if cached is not None:
+        sizes.append(cached.ids.shape[0])
+    for size in sizes:
+        if size != num_rows:
             raise ValueError(
-                f"`past_key_values` must be of the batch size of the rows to generate, {num_rows}, but got "
-                f"{layer.keys.shape[0]}."
+                f"`past_key_values` must be of the batch size of the rows to generate, {num_rows}, but got {size}."
             )
     if not num_cached:
         text = CleanText.of_prompts(prefix, length)
     else:
-        cached = getattr(cache, "clean_text", None)
-        if cached is None or cached.num_cached != num_cached:
+        if cached is not None and num_cached > cached.num_cached:
+            raise ValueError(
+                f"`past_key_values` that `generate` returned must hold what it held then, {cached.num_cached} "
+                f"positions, or less, but got {num_cached}: nobody knows which tokens the others are."
+            )
+        if cached is not None:
+            # It may have been cropped since.
+            cached = CleanText(cached.ids, cached.positions, cached.length, num_cached)
+        else:
             # Filled by the user: the cached tokens can only be the prompts' first.
             if num_cached % block_size or num_cached > int(length.min()) or bool((length != length[0]).any()):
                 raise ValueError(
@@ -259,8 +307,7 @@ def match_cache(
                     f"{block_size}."
                 )
             positions = torch.arange(num_cached, device=prefix.device).expand(num_rows, -1)
-            cached = CleanText(prefix[:, :num_cached], positions, positions.new_full((num_rows,), num_cached))
-            cached.num_cached = num_cached
+            cached = CleanText(prefix[:, :num_cached], positions, length, num_cached)
         shared = cached.shared_with(prefix, length, block_size)
         text = shared.followed_by(prefix, length)
         _, first_held = cache.get_mask_sizes(1, 0)
@@ -271,7 +318,7 @@ def match_cache(
                 "start."
             )
         # While rows go on, one may be complete a block before another.
-        num_seen = text.num_columns - text.first_visible_column(window) + (block_size if num_rows > 1 else 0)
+        num_seen = text.most_columns_seen(window, block_size, num_stages) + (block_size if num_rows > 1 else 0)
         for layer in cache.layers:
             if isinstance(layer, WindowLayer):
                 layer.widen(num_seen)

@@ -301,6 +301,7 @@ class DenoisingRun:
             canvas.tokens.scatter_(1, columns, block)
             if hasattr(rows.streamer, "put_draft"):
                 rows.streamer.put_draft(block[canvas.is_new(columns)].cpu())
+        self.predictor.check()
 
     def _denoise(
         self,

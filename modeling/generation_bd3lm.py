@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList, StaticCache
 from transformers.generation import (
     MaxLengthCriteria,
     StoppingCriteriaList,
@@ -19,6 +19,7 @@ from .cache_bd3lm import sliding_cache
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
 from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows
 from .guidance_bd3lm import Guidance
+from .linear_bd3lm import packed_weights
 from .prediction_bd3lm import CERTAINTIES, PartialSortTopPLogitsWarper
 from .samplers_bd3lm import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
 
@@ -120,7 +121,7 @@ class BD3LMGenerationConfig(GenerationConfig):
             return isinstance(value, int) and not isinstance(value, bool)
 
         require(
-            isinstance(self.sampler, Sampler) or self.sampler in SAMPLERS,
+            isinstance(self.sampler, Sampler) or isinstance(self.sampler, str) and self.sampler in SAMPLERS,
             "sampler",
             f"one of {', '.join(SAMPLERS)}, or a Sampler",
         )
@@ -128,7 +129,8 @@ class BD3LMGenerationConfig(GenerationConfig):
         require(
             self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
         )
-        require(self.remask_cap is None or 0 <= self.remask_cap <= 1, "remask_cap", "in [0, 1]")
+        cap = self.remask_cap
+        require(isinstance(cap, (int, float)) and 0 <= cap <= 1, "remask_cap", "a number in [0, 1]")
         threshold = self.confidence_threshold
         require(threshold is None or 0 < threshold <= 1, "confidence_threshold", "in (0, 1]")
         require(self.certainty in CERTAINTIES, "certainty", f"one of {', '.join(CERTAINTIES)}")
@@ -150,6 +152,24 @@ class BD3LMGenerationConfig(GenerationConfig):
                 f"`confidence_threshold` is a probability or a margin, but got {threshold} with `certainty` "
                 "'negative_entropy'."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if isinstance(self.sampler, Sampler):
+            output["sampler"] = type(self.sampler).__name__
+        return output
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            ValueError: `sampler` is an object, of which no more than a name could be saved.
+        """
+        if isinstance(self.sampler, Sampler):
+            raise ValueError(
+                f"`sampler` must be a name in SAMPLERS to be saved, but got a {type(self.sampler).__name__}; add its "
+                "class to SAMPLERS and give the name."
+            )
+        super().save_pretrained(*args, **kwargs)
 
     def make_sampler(self, block_size: int, noise_schedule: str) -> Sampler:
         """
@@ -434,17 +454,24 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         guidance = next((part for part in logits_processor if isinstance(part, Guidance)), None)
         if guidance is not None:
             logits_processor = LogitsProcessorList(part for part in logits_processor if part is not guidance)
-            guidance = guidance.of_batch(input_ids)
+            guidance = guidance.of_batch(input_ids, generation_config.num_return_sequences or 1)
         cache = model_kwargs.get("past_key_values")
+        if guidance is not None and generation_config.cache_implementation == "static":
+            # Transformers has made it for the prompt alone.
+            num_behind = max(0, guidance.negative_ids.shape[1] - input_ids.shape[1])
+            max_cache_len = generation_config.max_length + num_behind + 2 * self.config.block_size
+            cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
         run = DenoisingRun(self, canvas, generation_config, logits_processor, cache, guidance)
         rows = GeneratedRows(canvas, generation_config, stopping_criteria, streamer)
-        for stage in range(canvas.num_stages):
-            # 2. Denoise one block of every row, 3. see where rows end.
-            run.denoise_block(stage, rows)
-            rows.finish_block(stage)
-            run.append_block(stage)
-            if not rows.unfinished.any():
-                break
+        num_rows = canvas.tokens.shape[0] * canvas.block_size
+        with packed_weights(self, num_rows, canvas.num_stages * canvas.block_size):
+            for stage in range(canvas.num_stages):
+                # 2. Denoise one block of every row, 3. see where rows end.
+                run.denoise_block(stage, rows)
+                rows.finish_block(stage)
+                run.append_block(stage)
+                if not rows.unfinished.any():
+                    break
         # 4. Cut the rows where they ended.
         sequences = rows.finish()
 
@@ -461,7 +488,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             scores=None if run.scores is None else run.scores[:num_generated].unbind(0),
             logits=None if run.logits is None else run.logits[:num_generated].unbind(0),
             num_forward_passes=run.num_forward_passes,
-            tokens_per_forward=rows.num_generated / run.num_forward_passes,
+            tokens_per_forward=rows.num_generated / run.num_forward_passes.clamp(min=1),
             reveal_steps=reveal_steps,
             token_probabilities=token_probabilities,
             past_key_values=run.cache,

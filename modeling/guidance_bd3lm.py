@@ -23,19 +23,20 @@ class Guidance(LogitsProcessor):
         self.scale = scale
         self.negative_ids = negative_ids
 
-    def of_batch(self, input_ids: torch.Tensor) -> "Guidance":
+    def of_batch(self, input_ids: torch.Tensor, num_return_sequences: int = 1) -> "Guidance":
         """
-        With a negative prompt for each row of `input_ids` [batch, length], each repeated for its returned sequences.
+        With a negative prompt for each row of `input_ids` [batch, length], whose prompts are repeated.
 
         Raises:
-            ValueError: there are as many negative prompts as can't be shared out evenly.
+            ValueError: there is neither one negative prompt nor one for each prompt.
         """
         if self.negative_ids is None:
             return Guidance(self.scale, input_ids[:, -1:])
         num_rows, num_negative = input_ids.shape[0], self.negative_ids.shape[0]
-        if num_rows % num_negative:
+        num_prompts = num_rows // num_return_sequences
+        if num_negative not in (1, num_prompts):
             raise ValueError(
-                f"`negative_prompt_ids` must have one row, or one for each of the {num_rows} prompts, but got "
+                f"`negative_prompt_ids` must have one row, or one for each of the {num_prompts} prompts, but got "
                 f"{num_negative}."
             )
         negative_ids = self.negative_ids.to(input_ids.device).repeat_interleave(num_rows // num_negative, dim=0)

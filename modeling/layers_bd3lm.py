@@ -59,14 +59,6 @@ class BD3LMLayerNorm(nn.Module):
             )
         return nn.functional.layer_norm(hidden_states, size, self.weight, None, self.eps) * (1 + scale) + shift
 
-    def folded(self, modulation: Modulation) -> Modulation:
-        """A modulation for all tokens whose first two parts are this norm's shift and scale, with these folded."""
-        shift, scale, *others = modulation
-        if shift is None or shift.device != self.weight.device:
-            # Nothing to fold, or a weight that is offloaded until its layer runs.
-            return modulation
-        return (FoldedNorm(*self.affine_map(self.weight, shift, scale)), None, *others)
-
     def affine_map(
         self, hidden_states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -74,6 +66,16 @@ class BD3LMLayerNorm(nn.Module):
         if shift is None:
             return self.weight, None
         return (self.weight * (1 + scale)).to(hidden_states.dtype), shift.to(hidden_states.dtype)
+
+
+def folded(norm: nn.Module, modulation: Modulation) -> Modulation:
+    """A modulation for all tokens whose first two parts are the norm's shift and scale, with these folded into it."""
+    shift, scale, *others = modulation
+    is_plain = type(norm) is BD3LMLayerNorm and "forward" not in vars(norm)
+    if shift is None or not is_plain or shift.device != norm.weight.device:
+        # Nothing to fold, a norm that something wraps, or a weight that is offloaded until its layer runs.
+        return modulation
+    return (FoldedNorm(*norm.affine_map(norm.weight, shift, scale)), None, *others)
 
 
 def can_be_fused(*modules: nn.Module, constants: Modulation) -> bool:

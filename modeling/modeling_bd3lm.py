@@ -1,5 +1,6 @@
 """The network of a BD3-LM: a transformer over blocks of noisy tokens and the clean tokens before them."""
 
+import copy
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ from .layers_bd3lm import (
     BD3LMLayerNorm,
     BD3LMNoiseEmbedding,
     Modulation,
+    folded,
     modulation_parts,
     rotary_embedding,
     select_modulation,
@@ -120,9 +122,14 @@ class BD3LMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
-        As `PreTrainedModel.save_pretrained`, with the model's sources beside the weights for `trust_remote_code=True`.
+        As `PreTrainedModel.save_pretrained`, with the sources of the model and of its pipeline beside the weights, for
+        `trust_remote_code=True`.
         """
+        # Transformers copies what this file imports; the network has no need of it.
+        from .infilling_bd3lm import CUSTOM_PIPELINES
+
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         # A checkpoint read in the published format is saved in this one.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -277,9 +284,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
         modulations = []
         for layer in self.layers:
             parts = layer.modulation(condition)
-            parts = layer.input_layernorm.folded(parts[:3]) + layer.post_attention_layernorm.folded(parts[3:])
+            parts = folded(layer.input_layernorm, parts[:3]) + folded(layer.post_attention_layernorm, parts[3:])
             modulations.append(parts)
-        return [*modulations, self.norm.folded(self._final_modulation(condition))]
+        return [*modulations, folded(self.norm, self._final_modulation(condition))]
 
     def _final_modulation(self, condition: torch.Tensor | None) -> Modulation:
         return (None, None) if condition is None else modulation_parts(self.adaln_modulation, condition, 2)

@@ -81,7 +81,8 @@ def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     total = cumulative[:, -1:]
     # Rounding up to the total would choose the last id, whatever its probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # Of scores that are no distribution it would be the id behind the last.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
 
 
 def certainty_of(kind: str, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -133,6 +134,20 @@ class TokenPredictor:
         self.shares_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
         self.do_sample = do_sample
         self.mask_token_id = mask_token_id
+        self._is_valid = torch.tensor(True)
+
+    def check(self) -> None:
+        """
+        To be called now and then: it waits for the device.
+
+        Raises:
+            ValueError: scores so far were not finite, or left no token to draw.
+        """
+        if not self._is_valid:
+            raise ValueError(
+                "The scores of a masked token must be finite for at least one token that may be drawn, but got none: "
+                "the logits were not finite, or the `logits_processor` and the constraints ban the whole vocabulary."
+            )
 
     def predict(
         self,
@@ -158,6 +173,9 @@ class TokenPredictor:
         """
         logits[:, self.mask_token_id] = -torch.inf
         scores = self._process(logits, candidates, columns, text, is_padding)
+        # A processor may have lifted the ban, such as one that is left with nothing to allow.
+        scores[:, self.mask_token_id] = -torch.inf
+        self._is_valid = self._is_valid.to(scores.device) & scores.amax(-1).isfinite().all()
         chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
         tokens = torch.zeros_like(columns)
         tokens[candidates] = chosen

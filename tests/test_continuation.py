@@ -6,6 +6,8 @@ from conftest import random_model
 from test_generation import left_padded, random_prompts
 from transformers import DynamicCache, StaticCache
 
+from bd3lm_hf import CommitCache
+
 
 EOS = 7
 SAMPLERS = {
@@ -135,3 +137,97 @@ def test_a_cache_that_was_reset_starts_anew(kind):
     cache.reset()
     expected = model.generate(prompts, max_new_tokens=8, seed=0)
     assert torch.equal(model.generate(prompts, max_new_tokens=8, seed=0, past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "dynamic"])
+def test_an_answer_is_written_again_from_the_cache_of_the_first(kind):
+    model = make_model(eos_token_id=None)
+    prompt = random_prompts([20], vocab_size=30)[0][None]
+    first = model.generate(
+        prompt, max_new_tokens=40, seed=0, past_key_values=make_cache(kind, model), return_dict_in_generate=True
+    )
+    again = model.generate(prompt, max_new_tokens=40, seed=1, past_key_values=first.past_key_values)
+    assert torch.equal(again, model.generate(prompt, max_new_tokens=40, seed=1))
+
+
+@pytest.mark.parametrize("kind", ["sliding", "dynamic"])
+def test_a_turn_that_is_long_for_one_row_and_short_for_the_other(kind):
+    model = make_model(eos_token_id=None, context=128)
+    turns = [random_prompts(lengths, seed, 30) for seed, lengths in enumerate([[20, 20], [60, 1]])]
+    expected = chat(model, turns, False, max_new_tokens=30)
+    actual = chat(model, turns, make_cache(kind, model), max_new_tokens=30)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+def first_turn(model, lengths=(12, 12), **arguments):
+    prompts = left_padded(random_prompts(lengths, vocab_size=30))
+    output = model.generate(**prompts, max_new_tokens=8, seed=0, return_dict_in_generate=True, **arguments)
+    return output.sequences, output.past_key_values
+
+
+def test_a_cache_from_inference_mode_is_continued_outside_of_it():
+    model = make_model(eos_token_id=None)
+    with torch.inference_mode():
+        text, cache = first_turn(model)
+    expected = model.generate(text.clone(), max_new_tokens=8, seed=0)
+    assert torch.equal(model.generate(text.clone(), max_new_tokens=8, seed=0, past_key_values=cache), expected)
+
+
+def test_a_cache_from_autocast_is_continued_outside_of_it():
+    model = make_model(eos_token_id=None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        text, cache = first_turn(model)
+    assert model.generate(text, max_new_tokens=8, seed=0, past_key_values=cache).shape == (2, 28)
+
+
+@pytest.mark.parametrize("kind", ["sliding", "dynamic"])
+def test_a_cache_that_was_cropped_holds_what_is_left(kind):
+    model = make_model(eos_token_id=None)
+    prompts = random_prompts([12, 4], vocab_size=30)
+    output = model.generate(
+        **left_padded(prompts), max_new_tokens=8, past_key_values=make_cache(kind, model), return_dict_in_generate=True
+    )
+    output.past_key_values.crop(-4)
+    inputs = left_padded([output.sequences[0, :16], torch.cat([output.sequences[1, 8:], prompts[1]])])
+    expected = model.generate(**inputs, max_new_tokens=8, seed=0)
+    actual = model.generate(**inputs, max_new_tokens=8, seed=0, past_key_values=output.past_key_values)
+    assert torch.equal(actual, expected)
+
+
+def test_rows_of_a_cache_are_selected_repeated_and_reordered_with_their_text():
+    model = make_model(eos_token_id=None)
+    for rearrange, rows in (
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    ):
+        text, cache = first_turn(model)
+        rearrange(cache)
+        expected = model.generate(text[rows], max_new_tokens=8, seed=0)
+        with Reading(model) as reading:
+            assert torch.equal(model.generate(text[rows], max_new_tokens=8, seed=0, past_key_values=cache), expected)
+        assert reading.num_tokens < 20 + 8 * 4
+
+
+def test_a_cache_that_grew_since_or_lost_rows_unseen_is_refused():
+    model = make_model(eos_token_id=None)
+    text, cache = first_turn(model)
+    model(text[:, :4], past_key_values=cache)
+    with pytest.raises(ValueError, match="`past_key_values` that `generate` returned must hold what it held then, 16"):
+        model.generate(text, max_new_tokens=4, past_key_values=cache)
+    text, cache = first_turn(model, past_key_values=DynamicCache())
+    cache.batch_select_indices(torch.tensor([1]))
+    with pytest.raises(ValueError, match="`past_key_values` must be of the batch size of the rows to generate, 1"):
+        model.generate(text[1:], max_new_tokens=4, past_key_values=cache)
+
+
+def test_a_denoising_pass_against_a_cache_has_a_gradient():
+    model = make_model(eos_token_id=None)
+    text, cache = first_turn(model)
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.requires_grad_(True)
+    masked = torch.full((2, 4), model.config.mask_token_id)
+    total = sum(model(masked, past_key_values=CommitCache(cache, 0)).logits.sum() for _ in range(2))
+    total.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0

@@ -522,3 +522,25 @@ def test_an_offloaded_model_generates_and_has_a_loss():
     assert torch.equal(model.generate(prompt, max_new_tokens=9, **DETERMINISTIC), expected)
     torch.manual_seed(0)
     assert model(expected, labels=expected).loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_scores_that_leave_no_token_are_an_error(do_sample):
+    model, prompt = random_model(eos_token_id=None), torch.tensor([[1, 2]])
+    arguments = {"max_new_tokens": 6, "do_sample": do_sample}
+    everything = list(range(model.config.vocab_size))
+    only_mask = {"prefix_allowed_tokens_fn": lambda row, text: [model.config.mask_token_id]}
+    for constraint in ({"suppress_tokens": everything}, only_mask):
+        with pytest.raises(ValueError, match="must be finite for at least one token that may be drawn"):
+            model.generate(prompt, **arguments, **constraint)
+    with torch.no_grad():
+        model.lm_head.bias[3] = torch.nan
+    with pytest.raises(ValueError, match="must be finite for at least one token that may be drawn"):
+        model.generate(prompt, **arguments)
+
+
+def test_infilling_without_a_gap_generates_no_tokens_per_forward():
+    output = random_model(eos_token_id=None).generate(
+        torch.tensor([[1, 2]]), infill=True, return_dict_in_generate=True
+    )
+    assert output.tokens_per_forward.tolist() == [0.0]

@@ -137,6 +137,13 @@ def test_a_guided_text_is_continued_behind_both_prompts(model):
     assert torch.equal(continued, whole)
 
 
+def test_a_static_cache_of_generates_own_has_room_for_a_long_negative_prompt(model):
+    prompt, negative = (prompt[None] for prompt in random_prompts([2, 40]))
+    arguments = {"negative_prompt_ids": negative, "guidance_scale": SCALE, "max_new_tokens": 9, "seed": 0}
+    expected = model.generate(prompt, **arguments)
+    assert torch.equal(model.generate(prompt, **arguments, cache_implementation="static"), expected)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import randomize
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMTrainer, BD3LMTrainingArguments
@@ -113,3 +113,12 @@ def test_the_moving_average_is_of_the_adapter_alone(base_folder, texts, tmp_path
     trainer.ema_callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     kept = trainer.ema_callback.weights.names
     assert kept and all("lora_" in name for name in kept)
+
+
+def test_tuned_norms_generate(base_folder):
+    model = BD3LMForMaskedLM.from_pretrained(base_folder)
+    prompt = torch.tensor([[1, 2, 3]])
+    expected = model.generate(prompt, max_new_tokens=9, seed=0)
+    norms = ["input_layernorm", "post_attention_layernorm", "norm"]
+    tuned = get_peft_model(model, LNTuningConfig(target_modules=norms))
+    assert torch.equal(tuned.generate(input_ids=prompt, max_new_tokens=9, seed=0), expected)

@@ -17,6 +17,7 @@ from test_first_hitting import (
     model,  # noqa: F401
 )
 
+from bd3lm_hf import BD3LMGenerationConfig
 from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, AncestralSampler, BlockNoise, ConfidenceSampler, Sampler
 
 
@@ -252,3 +253,13 @@ def test_a_sampler_of_ones_own_is_passed_as_an_object_or_by_name(monkeypatch):
     sampler = ConfidenceSampler(denoising_steps=2)
     model.generate(prompt, max_new_tokens=8, sampler=sampler)
     assert sampler.steps_left == 2
+
+
+def test_a_config_with_a_sampler_object_is_shown_but_not_saved(tmp_path):
+    class Mine(Sampler):
+        pass
+
+    config = BD3LMGenerationConfig(sampler=Mine())
+    assert '"sampler": "Mine"' in repr(config)
+    with pytest.raises(ValueError, match="`sampler` must be a name in SAMPLERS to be saved, but got a Mine"):
+        config.save_pretrained(tmp_path)

@@ -124,7 +124,7 @@ def test_entropy(generate):
     ]
     for row in range(3):
         seen = math.inf
-        for index, value in enumerate(entropies[row]):
+        for value in entropies[row]:
             # A window that is less varied than all before it: a threshold between them stops the row right there.
             if value < seen - 1e-6:
                 threshold = value + 1e-6 if math.isinf(seen) else (value + seen) / 2
