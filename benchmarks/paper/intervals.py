@@ -1,0 +1,120 @@
+"""
+Clipped intervals: variance against perplexity, and what the search chooses: `python -m benchmarks.paper.intervals`.
+
+A model is trained under each interval. The variances of all of them are measured on one and the same model of each
+block size, the one that was trained with the search, and on the same batches.
+"""
+
+from collections.abc import Sequence
+
+from bd3lm_hf import FULL_NOISE_INTERVAL
+
+from .experiment import cell, interval_name, is_positive, over_seeds, paired, perplexity, run, table
+from .noise import variances
+from .plots import save_figure
+from .workbench import Arm, Workbench
+
+
+TITLE = "Clipped intervals: variance against perplexity"
+INTERVALS = (FULL_NOISE_INTERVAL, (0.3, 0.8), (0.5, 1.0))
+BLOCK_SIZES = (4, 16)
+
+
+def measure(bench: Workbench, seeds: Sequence[int]) -> dict:
+    results = {}
+    for block_size in BLOCK_SIZES:
+        searched = Arm(block_size, search=True)
+        arms = [Arm(block_size, noise_interval=interval) for interval in INTERVALS]
+        varied = [
+            bench.measured(
+                searched, seed, "intervals", lambda model, arms=arms, seed=seed: variances(bench, model, arms, seed)
+            )
+            for seed in seeds
+        ]
+        full = over_seeds(bench.record(arms[0], seed)["average"]["nelbo"] for seed in seeds)
+        of_interval = {}
+        for arm in arms:
+            nelbo = over_seeds(bench.record(arm, seed)["average"]["nelbo"] for seed in seeds)
+            of_interval[interval_name(arm.noise_interval)] = {
+                "nelbo": nelbo,
+                "more_than_full": paired(nelbo, full),
+                "nelbo_variance": over_seeds(found[arm.name]["nelbo"] for found in varied),
+                "gradient_variance": over_seeds(found[arm.name]["gradient"] for found in varied),
+            }
+        nelbo = over_seeds(bench.record(searched, seed)["average"]["nelbo"] for seed in seeds)
+        results[str(block_size)] = {
+            "intervals": of_interval,
+            "search": {
+                "nelbo": nelbo,
+                "more_than_full": paired(nelbo, full),
+                "chosen": [[interval_name(each) for each in bench.record(searched, seed)["chosen"]] for seed in seeds],
+            },
+        }
+    return results
+
+
+def section(document: dict) -> str:
+    parts = []
+    for block_size, result in document["results"].items():
+        intervals = result["intervals"]
+        rows = [
+            [
+                name,
+                cell(each["nelbo_variance"], 2),
+                cell(each["gradient_variance"], 3),
+                cell(perplexity(each["nelbo"]), 2),
+                cell(each["more_than_full"]),
+            ]
+            for name, each in intervals.items()
+        ]
+        search = result["search"]
+        rows.append(["search", "", "", cell(perplexity(search["nelbo"]), 2), cell(search["more_than_full"])])
+        header = ["interval", "NELBO variance", "gradient variance", "perplexity", "nats per token more than the full"]
+        last = [chosen[-1] for chosen in search["chosen"] if chosen]
+        best = min(intervals, key=lambda name: intervals[name]["nelbo"]["mean"])
+        calmest = min(intervals, key=lambda name: intervals[name]["nelbo_variance"]["mean"])
+        gain = {
+            True: "which is **worse** than the full interval",
+            False: "which is better than the full interval, outside the errors, as in the paper",
+            None: "which the errors **do not tell** from the full interval",
+        }[is_positive(search["more_than_full"])]
+        agreement = (
+            "the least variance and the least perplexity fall together"
+            if best == calmest
+            else f"the least variance is that of {calmest}, and the least perplexity that of {best}"
+        )
+        parts.append(
+            f"**Block size {block_size}.**\n\n{table(header, rows)}\n\nAt the end the search had chosen "
+            f"{', '.join(last)} (one per seed), {gain}. Among these, {agreement}."
+        )
+    return (
+        "Variances, in (nats per token)², of a block's estimate and of the gradient of a training batch.\n\n"
+        + "\n\n".join(parts)
+    )
+
+
+def plot(document: dict, path) -> None:
+    import matplotlib.pyplot as plt
+
+    results = document["results"]
+    figure, panels = plt.subplots(1, len(results), figsize=(4.6 * len(results), 3.6), layout="constrained")
+    for panel, (block_size, result) in zip(panels, results.items()):
+        for name, each in result["intervals"].items():
+            value = perplexity(each["nelbo"])
+            panel.errorbar(
+                each["nelbo_variance"]["mean"],
+                value["mean"],
+                value["standard_error"] or 0,
+                fmt="o",
+                capsize=3,
+                label=name,
+            )
+        panel.set(
+            title=f"block size {block_size}", xscale="log", xlabel="variance of a block's NELBO", ylabel="perplexity"
+        )
+        panel.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run("intervals", __doc__, measure)

@@ -1,0 +1,32 @@
+"""How much the noise of training varies under several intervals or schedules, for one model and the same batches."""
+
+from collections.abc import Iterable
+
+from bd3lm_hf import BD3LMDataCollator, NoiseSampler, gradient_variance
+from bd3lm_hf.variance import BlockLosses
+
+from .workbench import Arm, Workbench
+
+
+def variances(bench: Workbench, model, arms: Iterable[Arm], seed: int) -> dict:
+    """Of each arm, by its name: `nelbo`, of a block's estimate, and `gradient`, of a training batch."""
+    scale, tokenizer = bench.scale, bench.tokenizer
+    rows = bench.train_sequences.shuffle(seed=1000 + seed).select_columns("input_ids")
+    collate = BD3LMDataCollator(tokenizer.pad_token_id)
+    size = scale.batch_size
+    batches = [
+        collate(list(rows.select(range(start, start + size))))
+        for start in range(0, min(scale.num_gradients * size, len(rows) - size + 1), size)
+    ]
+    found = {}
+    for arm in arms:
+        model.config.noise_schedule = arm.noise_schedule
+        sampler = NoiseSampler(arm.antithetic, arm.masking)
+        losses = BlockLosses.of_sequences(
+            model, bench.held_out_sequences, batch_size=32, num_draws=scale.num_draws, seed=seed, progress=False
+        )
+        gradient = gradient_variance(
+            model, batches, arm.noise_interval, noise_sampler=sampler, seed=seed, progress=False
+        )
+        found[arm.name] = {"nelbo": losses.variance(arm.noise_interval, arm.masking).value, "gradient": gradient.value}
+    return found

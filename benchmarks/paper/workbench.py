@@ -1,0 +1,317 @@
+"""
+What the experiments share: a text, models trained on it in one of several ways, and what was measured of them.
+
+Models and measurements are kept in a folder, under names that say all they depend on. So experiments share them, and
+a command that was killed goes on from what is done.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from bd3lm_hf import (
+    FULL_NOISE_INTERVAL,
+    BD3LMConfig,
+    BD3LMForMaskedLM,
+    BD3LMTrainer,
+    BD3LMTrainingArguments,
+    evaluate_likelihood,
+    load_documents,
+    pack_documents,
+    train_tokenizer,
+)
+from bd3lm_hf.callbacks import EMACallback, chosen_noise_intervals
+from bd3lm_hf.data import draw_sequences, limit_bytes
+
+from .scales import MEASURING, Scale
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Attributes:
+        block_size: tokens per block; None is the autoregressive model, Transformers' GPT-2.
+        noise_schedule, noise_interval: of training; the interval is where the search starts from, if there is one.
+        search: let evaluations during training choose the interval.
+        antithetic, masking: see `BD3LMTrainingArguments`.
+    """
+
+    block_size: int | None
+    noise_schedule: str = "loglinear"
+    noise_interval: tuple[float, float] = FULL_NOISE_INTERVAL
+    search: bool = False
+    antithetic: bool = True
+    masking: str = "bernoulli"
+
+    @property
+    def name(self) -> str:
+        if self.block_size is None:
+            return "gpt2"
+        interval = "search" if self.search else "{:g}-{:g}".format(*self.noise_interval)
+        draws = "antithetic" if self.antithetic else "independent"
+        return f"block{self.block_size}-{self.noise_schedule}-{interval}-{draws}-{self.masking}"
+
+
+AUTOREGRESSIVE = Arm(None)
+# t = 1 masks every token of every block: block size 1 is trained by the exact likelihood.
+TUNED_BLOCK_SIZE_ONE = Arm(1, noise_interval=(1.0, 1.0))
+
+
+class KeptAverage(EMACallback):
+    """The moving average of the weights, still there when training is over."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        pass
+
+
+class Workbench:
+    """
+    Args:
+        scale: How large everything is.
+        data: What `load_documents` takes; its text is cut into documents at blank lines.
+        folder: Where models and measurements are kept.
+        device: Of training and measuring.
+    """
+
+    def __init__(self, scale: Scale, data: str, folder: Path, device: str = "cpu"):
+        self.scale, self.device = scale, device
+        text = "\n\n".join(text for text in limit_bytes(load_documents(data), scale.max_bytes)["text"] if text)
+        self.num_bytes = len(text.encode())
+        cut = text.rfind("\n\n", 0, round(len(text) * 0.9))
+        self.documents = {
+            name: self._paragraphs(part) for name, part in (("train", text[:cut]), ("held_out", text[cut:]))
+        }
+        self.tokenizer = train_tokenizer(self.documents["train"], scale.vocab_size)
+        training = {name: value for name, value in asdict(scale).items() if name not in MEASURING}
+        depends_on = json.dumps([training, text])
+        self._seconds: dict[Path, float] = {}
+        self.folder = folder / hashlib.sha256(depends_on.encode()).hexdigest()[:12]
+
+    @staticmethod
+    def _paragraphs(text: str) -> Dataset:
+        return Dataset.from_dict({"text": [part.strip("\n") for part in text.split("\n\n") if part.strip()]})
+
+    @cached_property
+    def train_sequences(self) -> Dataset:
+        return pack_documents(self.documents["train"], self.tokenizer, self.scale.length)
+
+    @cached_property
+    def _held_out(self) -> Dataset:
+        packed = pack_documents(self.documents["held_out"], self.tokenizer, self.scale.length)
+        return draw_sequences(packed, self.scale.num_sequences + self.scale.num_search_sequences)
+
+    @property
+    def search_sequences(self) -> Dataset:
+        return self._held_out.select(range(min(self.scale.num_search_sequences, len(self._held_out) // 2)))
+
+    @cached_property
+    def held_out_sequences(self) -> list[list[int]]:
+        """Of the training length, for likelihoods."""
+        return self._held_out.select(range(len(self.search_sequences), len(self._held_out)))["input_ids"][:]
+
+    @cached_property
+    def long_sequences(self) -> list[list[int]]:
+        """Of eight times the training length."""
+        packed = pack_documents(self.documents["held_out"], self.tokenizer, 8 * self.scale.length)
+        return draw_sequences(packed, self.scale.num_long_sequences)["input_ids"][:]
+
+    def trained(self, arm: Arm, seed: int):
+        """The model with the averaged weights; trained if that was not done before."""
+        folder = self._run_folder(arm, seed) / "model"
+        if not folder.exists():
+            self._train(arm, seed)
+        model_class = AutoModelForCausalLM if arm.block_size is None else BD3LMForMaskedLM
+        return model_class.from_pretrained(folder).to(self.device).eval()
+
+    def record(self, arm: Arm, seed: int) -> dict:
+        """What was found of an arm when it was trained: see `_train`."""
+        path = self._run_folder(arm, seed) / "record.json"
+        if not path.exists():
+            self._train(arm, seed)
+        return self._read(path)
+
+    def measured(self, arm: Arm, seed: int, name: str, measure: Callable[..., dict]) -> dict:
+        """What `measure` returns of the trained model, from the folder if it was measured before."""
+        sizes = "-".join(str(getattr(self.scale, size)) for size in MEASURING[:-1])
+        path = self._run_folder(arm, seed) / f"{name}-{sizes}.json"
+        if not path.exists():
+            model = self.trained(arm, seed)
+            start = time.perf_counter()
+            result = measure(model)
+            write_json(path, {"seconds": time.perf_counter() - start, **result})
+        return self._read(path)
+
+    @property
+    def used_seconds(self) -> float:
+        """What everything that was asked for took, whenever that was."""
+        return sum(self._seconds.values())
+
+    def _read(self, path: Path) -> dict:
+        content = json.loads(path.read_text())
+        self._seconds[path] = content["seconds"]
+        return content
+
+    def likelihood(self, model) -> dict:
+        """NELBO of the held-out sequences in nats per token, with its error over sequences."""
+        found = evaluate_likelihood(
+            model,
+            self.held_out_sequences,
+            estimator="stratified" if getattr(model.config, "block_size", 1) > 1 else "exact",
+            num_draws=self.scale.num_draws,
+            batch_size=32,
+            progress=False,
+        )
+        return {name: getattr(found, name) for name in ("nelbo", "standard_error", "draw_standard_error")}
+
+    def _run_folder(self, arm: Arm, seed: int) -> Path:
+        return self.folder / f"{arm.name}-seed{seed}"
+
+    def _train(self, arm: Arm, seed: int) -> None:
+        """
+        Trains, and keeps the model and a record: `seconds`, the likelihoods of the averaged weights and of those
+        that the last step left, and the noise intervals that were chosen.
+        """
+        print(f"training {arm.name}, seed {seed}", flush=True)
+        start = time.perf_counter()
+        trainer = self._trainer(arm, seed)
+        trainer.remove_callback(PrinterCallback)
+        average = KeptAverage(self.scale.ema_decay, export=False)
+        trainer.add_callback(average)
+        trainer.train()
+        seconds = time.perf_counter() - start
+        model = trainer.model
+        last = self.likelihood(model)
+        average.weights.copy_to_model()
+        record = {
+            "seconds": time.perf_counter() - start,
+            "training_seconds": seconds,
+            "num_parameters": model.num_parameters(),
+            "average": self.likelihood(model),
+            "last": last,
+            "chosen": chosen_noise_intervals(trainer.state.log_history),
+        }
+        folder = self._run_folder(arm, seed)
+        unfinished = folder / f"unfinished-{os.getpid()}"
+        model.save_pretrained(unfinished)
+        write_json(folder / "record.json", record)
+        # Another command may have trained the same meanwhile.
+        if (folder / "model").exists():
+            shutil.rmtree(unfinished)
+        else:
+            os.replace(unfinished, folder / "model")
+
+    def _trainer(self, arm: Arm, seed: int) -> Trainer:
+        scale = self.scale
+        arguments = {
+            "output_dir": str(self._run_folder(arm, seed) / "trainer"),
+            "seed": seed,
+            "train_sampling_strategy": "sequential",
+            "per_device_train_batch_size": scale.batch_size,
+            "per_device_eval_batch_size": min(32, scale.num_search_sequences),
+            "max_steps": scale.num_steps,
+            "learning_rate": scale.learning_rate,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 0.05,
+            "bf16": scale.bf16,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "use_cpu": self.device == "cpu",
+        }
+        set_seed(seed)
+        model = self._new_model(arm)
+        if arm.block_size is None:
+            rows = self._steps_of_text(seed)
+            rows = rows.add_column("labels", rows["input_ids"][:])
+            return Trainer(model, TrainingArguments(**arguments), train_dataset=rows)
+        arguments |= {
+            "noise_schedule": arm.noise_schedule,
+            "noise_interval": list(arm.noise_interval),
+            "fix_noise_interval": not arm.search,
+            "antithetic_sampling": arm.antithetic,
+            "masking": arm.masking,
+            "ema_decay": 0.0,
+        }
+        if arm.search:
+            arguments |= {"eval_strategy": "steps", "eval_steps": max(scale.num_steps // (scale.num_searches + 1), 1)}
+        return BD3LMTrainer(
+            model,
+            BD3LMTrainingArguments(**arguments),
+            train_dataset=self._steps_of_text(seed),
+            eval_dataset=self.search_sequences,
+        )
+
+    def _steps_of_text(self, seed: int) -> Dataset:
+        """The sequences of all steps in their order: those of a seed are the same whatever is trained."""
+        number = self.scale.num_steps * self.scale.batch_size
+        generator = torch.Generator().manual_seed(seed)
+        rows = self.train_sequences.select_columns("input_ids")
+        order = [torch.randperm(len(rows), generator=generator) for _ in range(-(-number // len(rows)))]
+        return rows.select(torch.cat(order)[:number].tolist())
+
+    def _new_model(self, arm: Arm):
+        scale, tokenizer = self.scale, self.tokenizer
+        # A narrow network learns to attend much sooner from weights of the order of 1 / sqrt(hidden size).
+        initializer_range = 0.6 / scale.hidden_size**0.5
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+        if arm.block_size is None:
+            return GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=len(tokenizer),
+                    n_positions=scale.length,
+                    n_embd=scale.hidden_size,
+                    n_layer=scale.num_layers,
+                    n_head=scale.num_heads,
+                    resid_pdrop=0.0,
+                    embd_pdrop=0.0,
+                    attn_pdrop=0.0,
+                    initializer_range=initializer_range,
+                    eos_token_id=None,
+                    **ids,
+                )
+            )
+        return BD3LMForMaskedLM(
+            BD3LMConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=scale.hidden_size,
+                num_hidden_layers=scale.num_layers,
+                num_attention_heads=scale.num_heads,
+                max_position_embeddings=scale.length,
+                block_size=arm.block_size,
+                hidden_dropout=0.0,
+                tie_word_embeddings=True,
+                initializer_range=initializer_range,
+                mask_token_id=tokenizer.mask_token_id,
+                **ids,
+            )
+        )
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
