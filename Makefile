@@ -3,6 +3,9 @@ VENV ?= .venv
 # Asked for by itself and first, so that an index which offers a CPU build decides which build is installed.
 TORCH ?= torch==2.13.0
 
+# How many processes run the tests, each on one thread.
+WORKERS ?= 2
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -23,7 +26,7 @@ $(INSTALLED): setup.py pyproject.toml
 	touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow

@@ -1,7 +1,12 @@
 """What the tests share: the folder of outside material, tiny configurations, and weights with something to say."""
 
 import math
+import os
 from pathlib import Path
+
+
+# Before torch is imported, and for the processes that tests start: models as small as these are slower on two threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

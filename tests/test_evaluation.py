@@ -312,12 +312,13 @@ def test_two_processes_return_what_one_does():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    context = multiprocessing.get_context("fork")
+    # Not forked: a child of a process with threads of OpenMP waits forever for those that it does not have.
+    context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_evaluate_as, args=(rank, port, results)) for rank in range(2)]
+    processes = [context.Process(target=_evaluate_as, args=(rank, port, results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=60) for _ in processes)
+    found = dict(results.get(timeout=240) for _ in processes)
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0

@@ -162,7 +162,7 @@ class TestVarianceOfIntervals:
             assert abs(deviates(samples, exact_variance(subset_losses, interval, masking))) < STANDARD_ERRORS
 
     @pytest.mark.parametrize("schedule, best", [("loglinear", (0.5, 1.0)), ("square", (1e-3, 0.5))])
-    def test_the_search_finds_what_brute_force_and_enumeration_find(
+    def test_the_search_finds_what_an_enumeration_finds(
         self, schedule, best, model, sequences, subset_losses, monkeypatch
     ):
         monkeypatch.setattr(model.config, "noise_schedule", schedule)
@@ -174,14 +174,18 @@ class TestVarianceOfIntervals:
                 model, sequences, interval, seed=number, batch_size=200, progress=False
             ).value
             exact[interval] = exact_variance(subset_losses, interval, "bernoulli", schedule)
-        assert chosen == min(brute_force, key=brute_force.get) == min(exact, key=exact.get) == best
+        assert chosen == min(exact, key=exact.get) == best
+        # A brute force of one draw may take a neighbour of the least, which the enumeration tells.
+        least, most = min(exact.values()), max(exact.values())
+        assert exact[min(brute_force, key=brute_force.get)] < 1.2 * least < 0.9 * most
         assert variances[chosen].value == min(estimate.value for estimate in variances.values())
 
-    def test_the_search_for_exact_counts_finds_one_of_the_least(self, one_pass, subset_losses):
+    def test_the_search_for_exact_counts_finds_one_of_the_least(self, model, sequences, subset_losses):
         # Several intervals lie within a hundredth of the least.
         exact = {
             interval: exact_variance(subset_losses, interval, "exact_count") for interval in noise_interval_grid()
         }
+        one_pass = BlockLosses.of_sequences(model, sequences, num_draws=4, batch_size=200, progress=False)
         chosen, _ = one_pass.least_variance_interval("exact_count")
         assert exact[chosen] < 1.02 * min(exact.values()) < 0.9 * max(exact.values())
 
