@@ -12,7 +12,7 @@ from benchmarks.paper import report
 from benchmarks.paper.experiment import RESULTS, is_positive, over_seeds, run
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.two_passes import two_pass_logits
-from benchmarks.paper.workbench import AUTOREGRESSIVE, Arm, Workbench
+from benchmarks.paper.workbench import AUTOREGRESSIVE, BASE, Arm, Workbench
 
 
 COMMON_FIELDS = {"experiment", "scale", "settings", "data", "machine", "versions", "seeds", "seconds", "results"}
@@ -57,13 +57,19 @@ def test_the_page_is_what_the_committed_results_make():
 
 def test_all_arms_of_a_seed_train_on_the_same_text_from_the_same_weights(text_file, tmp_path):
     bench = Workbench(SCALES["tiny"], str(text_file), tmp_path)
-    trainers = [bench._trainer(arm, seed=3) for arm in (Arm(4), Arm(8, search=True), AUTOREGRESSIVE)]
-    batches = [[batch["input_ids"] for batch in trainer.get_train_dataloader()] for trainer in trainers]
-    assert all(torch.equal(a, b) for others in batches[1:] for a, b in zip(batches[0], others, strict=True))
-    first, second = (trainer.model.state_dict() for trainer in trainers[:2])
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    other_seed = next(iter(bench._trainer(Arm(4), seed=4).get_train_dataloader()))["input_ids"]
-    assert not torch.equal(batches[0][0], other_seed)
+    base, whole, *continued = (
+        bench._trainer(arm, seed=3) for arm in (BASE, AUTOREGRESSIVE, Arm(4), Arm(8, search=True))
+    )
+
+    def batches(trainer):
+        return [batch["input_ids"] for batch in trainer.get_train_dataloader()]
+
+    for trainer in continued:
+        assert torch.equal(torch.stack(batches(base) + batches(trainer)), torch.stack(batches(whole)))
+        expected = bench.trained(BASE, 3).state_dict()
+        torch.testing.assert_close(trainer.model.state_dict(), expected, rtol=0, atol=0)
+    assert [trainer.model.config.block_size for trainer in continued] == [4, 8]
+    assert not torch.equal(batches(bench._trainer(BASE, seed=4))[0], batches(base)[0])
 
 
 def test_what_was_measured_is_not_measured_again(text_file, tmp_path):
@@ -72,6 +78,8 @@ def test_what_was_measured_is_not_measured_again(text_file, tmp_path):
     again = Workbench(SCALES["tiny"], str(text_file), tmp_path)
     assert again.record(Arm(4), 0) == first
     assert again.used_seconds == first["seconds"]
+    # With the base, when it was trained.
+    assert bench.used_seconds == first["seconds"] + bench.record(BASE, 0)["seconds"]
 
 
 def test_two_passes_and_one_give_the_same_logits():

@@ -40,8 +40,10 @@ def page(found: dict[str, dict]) -> str:
 What the block diffusion paper (arXiv 2503.09573) reports, at the scale of the machine at hand. Each section names the
 command that ran; its figures and plots are made from the JSON in `benchmarks/paper/results/` by `python -m
 benchmarks.paper.report`, this page included. `±` is one standard error over seeds. Arms share the seeds: equal seeds
-meet the same text in the same order, and the block diffusion models begin from the same weights. Differences are
-taken seed by seed, and count if they are {ENOUGH_ERRORS} standard errors from 0 with one sign in all seeds.
+meet the same text in the same order, and the block diffusion models go on from the same base: the paper continues
+masked diffusion models, these continue one of block size 1, since small models under masked diffusion stay on a
+plateau first, some seeds much longer than others. Differences are taken seed by seed, and count if they are
+{ENOUGH_ERRORS} standard errors from 0 with one sign in all seeds.
 
 `--data FILE` trains on a text of yours, and `--scale gpu` on models of about 40 million parameters. Models are kept in
 `--output_dir`: experiments share them, and a command that was killed goes on from what is done."""
@@ -63,9 +65,10 @@ def _origin(name: str, document: dict) -> str:
     if not document["data"].startswith("the Python standard library"):
         command += " --data FILE"
     versions = ", ".join(f"{package} {version}" for package, version in document["versions"].items())
-    tokens = settings["num_steps"] * settings["batch_size"] * settings["length"]
+    base_steps, steps = settings["num_base_steps"], settings["num_steps"]
+    tokens = (base_steps + steps) * settings["batch_size"] * settings["length"]
     network = f"{settings['num_layers']} layers, {settings['hidden_size']} wide"
-    batches = f"{settings['num_steps']} steps of {settings['batch_size']} sequences of {settings['length']} tokens"
+    batches = f"{base_steps} + {steps} steps of {settings['batch_size']} sequences of {settings['length']} tokens"
     return (
         f"`{command}`: {document['data']}; networks of {network}; {batches} ({tokens:,} in all); seeds "
         f"{', '.join(map(str, document['seeds']))}; {document['seconds'] / 60:.0f} minutes of one run at a time, with "

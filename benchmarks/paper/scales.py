@@ -15,7 +15,9 @@ class Scale:
         vocab_size: of the byte-level tokenizer; 260 are the bytes and its special tokens.
         length: tokens of a training sequence.
         hidden_size, num_layers, num_heads: of all networks.
-        batch_size, num_steps, learning_rate: of training, which warms up for a twentieth of the steps.
+        batch_size, learning_rate: of training, which warms up for a twentieth of the steps.
+        num_base_steps: at block size 1, with which the diffusion models begin; one base for each seed.
+        num_steps: behind these, each arm in its own way. Without a base, of both numbers.
         ema_decay: of the moving average of the weights, which is what is evaluated.
         num_sequences: held-out sequences of a likelihood.
         num_search_sequences: held-out sequences, others than those, by which the noise interval is chosen ...
@@ -35,6 +37,7 @@ class Scale:
     num_layers: int
     num_heads: int
     batch_size: int
+    num_base_steps: int
     num_steps: int
     learning_rate: float
     ema_decay: float
@@ -59,6 +62,7 @@ SCALES = {
         num_layers=1,
         num_heads=2,
         batch_size=4,
+        num_base_steps=2,
         num_steps=3,
         learning_rate=1e-3,
         ema_decay=0.5,
@@ -79,6 +83,7 @@ SCALES = {
         num_layers=3,
         num_heads=2,
         batch_size=16,
+        num_base_steps=400,
         num_steps=800,
         learning_rate=3e-3,
         ema_decay=0.98,
@@ -99,6 +104,7 @@ SCALES = {
         num_layers=10,
         num_heads=8,
         batch_size=64,
+        num_base_steps=1000,
         num_steps=5000,
         learning_rate=6e-4,
         ema_decay=0.999,

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -54,6 +54,9 @@ class Arm:
         noise_schedule, noise_interval: of training; the interval is where the search starts from, if there is one.
         search: let evaluations during training choose the interval.
         antithetic, masking: see `BD3LMTrainingArguments`.
+        stage: "continued" from the base of its seed, "whole" for as many steps without one, or "base". The paper
+            continues a base too, a masked diffusion model. Ours has block size 1: small models under masked diffusion
+            stay on a plateau first, some seeds much longer than others.
     """
 
     block_size: int | None
@@ -62,6 +65,7 @@ class Arm:
     search: bool = False
     antithetic: bool = True
     masking: str = "bernoulli"
+    stage: str = "continued"
 
     @property
     def name(self) -> str:
@@ -69,12 +73,13 @@ class Arm:
             return "gpt2"
         interval = "search" if self.search else "{:g}-{:g}".format(*self.noise_interval)
         draws = "antithetic" if self.antithetic else "independent"
-        return f"block{self.block_size}-{self.noise_schedule}-{interval}-{draws}-{self.masking}"
+        return f"block{self.block_size}-{self.noise_schedule}-{interval}-{draws}-{self.masking}-{self.stage}"
 
 
-AUTOREGRESSIVE = Arm(None)
+AUTOREGRESSIVE = Arm(None, stage="whole")
 # t = 1 masks every token of every block: block size 1 is trained by the exact likelihood.
 TUNED_BLOCK_SIZE_ONE = Arm(1, noise_interval=(1.0, 1.0))
+BASE = replace(TUNED_BLOCK_SIZE_ONE, stage="base")
 
 
 class KeptAverage(EMACallback):
@@ -221,14 +226,15 @@ class Workbench:
             os.replace(unfinished, folder / "model")
 
     def _trainer(self, arm: Arm, seed: int) -> Trainer:
-        scale = self.scale
+        scale, rows = self.scale, self._steps_of_text(arm, seed)
+        num_steps = len(rows) // scale.batch_size
         arguments = {
             "output_dir": str(self._run_folder(arm, seed) / "trainer"),
             "seed": seed,
             "train_sampling_strategy": "sequential",
             "per_device_train_batch_size": scale.batch_size,
             "per_device_eval_batch_size": min(32, scale.num_search_sequences),
-            "max_steps": scale.num_steps,
+            "max_steps": num_steps,
             "learning_rate": scale.learning_rate,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 0.05,
@@ -241,9 +247,8 @@ class Workbench:
             "use_cpu": self.device == "cpu",
         }
         set_seed(seed)
-        model = self._new_model(arm)
+        model = self._initial_model(arm, seed)
         if arm.block_size is None:
-            rows = self._steps_of_text(seed)
             rows = rows.add_column("labels", rows["input_ids"][:])
             return Trainer(model, TrainingArguments(**arguments), train_dataset=rows)
         arguments |= {
@@ -255,21 +260,34 @@ class Workbench:
             "ema_decay": 0.0,
         }
         if arm.search:
-            arguments |= {"eval_strategy": "steps", "eval_steps": max(scale.num_steps // (scale.num_searches + 1), 1)}
+            arguments |= {"eval_strategy": "steps", "eval_steps": max(num_steps // (scale.num_searches + 1), 1)}
         return BD3LMTrainer(
             model,
             BD3LMTrainingArguments(**arguments),
-            train_dataset=self._steps_of_text(seed),
+            train_dataset=rows,
             eval_dataset=self.search_sequences,
         )
 
-    def _steps_of_text(self, seed: int) -> Dataset:
+    def _steps_of_text(self, arm: Arm, seed: int) -> Dataset:
         """The sequences of all steps in their order: those of a seed are the same whatever is trained."""
-        number = self.scale.num_steps * self.scale.batch_size
+        base, whole = (
+            steps * self.scale.batch_size
+            for steps in (self.scale.num_base_steps, self.scale.num_base_steps + self.scale.num_steps)
+        )
         generator = torch.Generator().manual_seed(seed)
         rows = self.train_sequences.select_columns("input_ids")
-        order = [torch.randperm(len(rows), generator=generator) for _ in range(-(-number // len(rows)))]
-        return rows.select(torch.cat(order)[:number].tolist())
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-whole // len(rows)))])
+        start, end = {"base": (0, base), "continued": (base, whole), "whole": (0, whole)}[arm.stage]
+        return rows.select(order[start:end].tolist())
+
+    def _initial_model(self, arm: Arm, seed: int):
+        if arm.stage != "continued":
+            return self._new_model(arm)
+        # Its time counts.
+        self.record(BASE, seed)
+        model = self.trained(BASE, seed).train()
+        model.config.block_size = arm.block_size
+        return model
 
     def _new_model(self, arm: Arm):
         scale, tokenizer = self.scale, self.tokenizer
