@@ -19,7 +19,7 @@ from .cache_bd3lm import sliding_cache
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
 from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows
 from .guidance_bd3lm import Guidance
-from .linear_bd3lm import packed_weights
+from .packed_bd3lm import packed_weights
 from .prediction_bd3lm import CERTAINTIES, PartialSortTopPLogitsWarper
 from .samplers_bd3lm import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
 
@@ -252,9 +252,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
 
     1. Lay the rows out by blocks, each row's counted in its own positions.
     2. For every block, until nothing in it is masked:
-       a. run the network on the block against the cache; the first such pass also commits the finished blocks,
-       b. predict tokens at the positions that the sampler asks for,
-       c. reveal those that the sampler chooses.
+        * run the network on the block against the cache; the first such pass also commits the finished blocks,
+        * predict tokens at the positions that the sampler asks for,
+        * reveal those that the sampler chooses.
     3. Show the finished block to the stopping criteria token by token, as an autoregressive model would have, and to
        the streamer.
     4. Cut the rows where they ended.
@@ -464,7 +464,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         run = DenoisingRun(self, canvas, generation_config, logits_processor, cache, guidance)
         rows = GeneratedRows(canvas, generation_config, stopping_criteria, streamer)
         num_rows = canvas.tokens.shape[0] * canvas.block_size
-        with packed_weights(self, num_rows, canvas.num_stages * canvas.block_size):
+        with packed_weights(self, run.modulations, num_rows, canvas.num_stages * canvas.block_size):
             for stage in range(canvas.num_stages):
                 # 2. Denoise one block of every row, 3. see where rows end.
                 run.denoise_block(stage, rows)

@@ -78,6 +78,12 @@ def folded(norm: nn.Module, modulation: Modulation) -> Modulation:
     return (FoldedNorm(*norm.affine_map(norm.weight, shift, scale)), None, *others)
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether calling a module runs more than the `forward` of its class."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(hooks)
+
+
 def can_be_fused(*modules: nn.Module, constants: Modulation) -> bool:
     """
     Whether these modules are trained, all there is to calling them is in their weights, and these shifts, scales and
@@ -92,9 +98,7 @@ def can_be_fused(*modules: nn.Module, constants: Modulation) -> bool:
         and all(part is None or part.dim() == 1 for part in constants)
         and all(
             type(module) in (BD3LMLayerNorm, BD3LMLinear)
-            and "forward" not in vars(module)
-            and not (module._forward_hooks or module._forward_pre_hooks)
-            and not (module._backward_hooks or module._backward_pre_hooks)
+            and not is_wrapped(module)
             and type(module.weight) in (nn.Parameter, torch.Tensor)
             and module.weight.requires_grad
             for module in modules
@@ -284,6 +288,9 @@ class BD3LMMLP(nn.Module):
 class BD3LMDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, each after a layer norm and gated by the noise level (arXiv 2212.09748, adaLN-Zero)."""
 
+    # What computes the same in its place, while `packed_bd3lm.py` lends it.
+    packed: Any | None = None
+
     def __init__(self, config: BD3LMConfig, layer_idx: int):
         super().__init__()
         self.input_layernorm = BD3LMLayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -320,6 +327,8 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         Returns:
             [batch, selected, hidden].
         """
+        if self.packed is not None and self.packed.takes(hidden_states, modulation, pattern):
+            return self.packed(hidden_states, pattern, rotary, selection, past_key_values, **kwargs)
         if modulation is None:
             modulation = self.modulation(condition)
         hidden_states, _ = self.self_attn(

@@ -8,18 +8,13 @@ What surrounds a matrix product costs little to compute and much to keep. [`Norm
 [`GatedMLP`] keep what went in, and make the rest again in the backward pass.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
-# When `packed_weights` pays: packing costs about as much as it spares in a dozen forwards of a few rows each.
-MIN_PACKED_FORWARDS = 32
-MAX_PACKED_ROWS = 64
-MAX_PACKED_BYTES = 2**30
 # Columns of an MLP's middle that are held at once: wide enough for full-speed matrix products.
 SLICE_WIDTH = 1536
 
@@ -89,7 +84,7 @@ class OneDNNLinear(torch.autograd.Function):
 class BD3LMLinear(nn.Linear):
     """`nn.Linear` by way of [`linear`]."""
 
-    # A copy of the weight in oneDNN's own layout, while `packed_weights` lends it.
+    # A copy of the weight in oneDNN's own layout, while `packed_bd3lm.py` lends it.
     packed_weight: torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor, function: Callable = linear):
@@ -103,29 +98,6 @@ class BD3LMLinear(nn.Linear):
             if packed is not None and takes_onednn(input, self.weight):
                 return torch.ops.mkldnn._linear_pointwise(input.contiguous(), packed, self.bias, "none", [], "")
         return function(input, self.weight, self.bias)
-
-
-@contextmanager
-def packed_weights(model: nn.Module, num_rows: int, num_forwards: int) -> Iterator[None]:
-    """
-    Lends the linear maps of a model on a CPU copies of their weights in the layout by which oneDNN multiplies few rows
-    fastest. It does nothing where that does not pay, or would take more than `MAX_PACKED_BYTES`.
-
-    Args:
-        num_rows: rows of a usual forward.
-        num_forwards: forwards to come.
-    """
-    modules = [module for module in model.modules() if type(module) is BD3LMLinear]
-    num_bytes = sum(module.weight.numel() * module.weight.element_size() for module in modules)
-    pays = num_forwards >= MIN_PACKED_FORWARDS and num_rows <= MAX_PACKED_ROWS and num_bytes <= MAX_PACKED_BYTES
-    modules = [module for module in modules if pays and takes_onednn(module.weight.detach(), module.weight)]
-    try:
-        for module in modules:
-            module.packed_weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), num_rows)
-        yield
-    finally:
-        for module in modules:
-            module.packed_weight = None
 
 
 def compute_dtype(states: torch.Tensor) -> torch.dtype:

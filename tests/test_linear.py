@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_model
 from torch import nn
 
 from bd3lm_hf.modeling import linear_bd3lm
-from bd3lm_hf.modeling.linear_bd3lm import BD3LMLinear, linear, packed_weights
+from bd3lm_hf.modeling.linear_bd3lm import BD3LMLinear, linear
 
 
 @pytest.fixture
@@ -77,33 +76,3 @@ def test_only_wanted_gradients_are_computed(kernel_calls):
     inputs = torch.randn(3, 24, requires_grad=True)
     module(inputs).sum().backward()
     assert len(kernel_calls) == 2 and inputs.grad is not None and module.weight.grad is None
-
-
-def test_packed_weights_give_the_same_products_and_are_given_back():
-    model = random_model(hidden_size=64)
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        expected = model(ids).logits
-        with pytest.raises(KeyError), packed_weights(model, num_rows=8, num_forwards=100):
-            assert model.lm_head.packed_weight is not None
-            model.lm_head.weight.data = torch.full_like(model.lm_head.weight, torch.nan)
-            torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
-            raise KeyError
-        assert model.lm_head.packed_weight is None
-        assert model(ids).logits.isnan().all()
-
-
-@pytest.mark.parametrize("few", [{"num_rows": 1000}, {"num_forwards": 3}])
-def test_weights_are_not_packed_where_that_does_not_pay(few):
-    model = random_model()
-    with packed_weights(model, **{"num_rows": 8, "num_forwards": 100, **few}):
-        assert all(getattr(module, "packed_weight", None) is None for module in model.modules())
-
-
-def test_generation_takes_packed_weights_and_leaves_none():
-    model = random_model(eos_token_id=None, pad_token_id=0)
-    seen = []
-    hook = model.lm_head.register_forward_pre_hook(lambda module, _: seen.append(module.packed_weight is not None))
-    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=40)
-    hook.remove()
-    assert all(seen) and model.lm_head.packed_weight is None
