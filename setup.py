@@ -6,7 +6,10 @@ from setuptools import setup
 PEFT = ["peft>=0.18"]
 EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
+APP = ["gradio>=6.31"]
 LM_EVAL = ["lm-eval>=0.4.13"]
+# MkDocs 2 takes neither this theme nor these plugins. Ruff formats the signatures.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.14"]
 
 setup(
     name="bd3lm-hf",
@@ -24,7 +27,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=["bd3lm_hf", "bd3lm_hf.cli", "bd3lm_hf.modeling"],
+    packages=["bd3lm_hf", "bd3lm_hf.app", "bd3lm_hf.cli", "bd3lm_hf.modeling"],
     # The folder that travels to the Hub stays visible as one folder of the repository.
     package_dir={"bd3lm_hf": "bd3lm_hf", "bd3lm_hf.modeling": "modeling"},
     # `evaluate.load` reads the metrics as files.
@@ -47,6 +50,7 @@ setup(
         "eval": EVAL,
         "lm-eval": LM_EVAL,
         "plots": PLOTS,
+        "app": APP,
         "flash-attn": ["flash-attn>=2.7"],
         "dev": [
             "build>=1.2",
@@ -55,10 +59,13 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
+            "selenium>=4.40",
             *PEFT,
             *EVAL,
             *PLOTS,
+            *APP,
             *LM_EVAL,
+            *DOCS,
         ],
     },
     entry_points={"console_scripts": ["bd3lm = bd3lm_hf.cli:main"]},

@@ -301,6 +301,9 @@ class DenoisingRun:
             canvas.tokens.scatter_(1, columns, block)
             if hasattr(rows.streamer, "put_draft"):
                 rows.streamer.put_draft(block[canvas.is_new(columns)].cpu())
+            if hasattr(rows.streamer, "put_reveal") and self.reveal_steps is not None:
+                shown = (canvas.tokens, self.reveal_steps, self.token_probabilities)
+                rows.streamer.put_reveal(*(part[:, : canvas.prompt_width + canvas.num_new].cpu() for part in shown))
         self.predictor.check()
 
     def _denoise(

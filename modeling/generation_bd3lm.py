@@ -20,7 +20,7 @@ from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
 from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows
 from .guidance_bd3lm import Guidance
 from .packed_bd3lm import packed_weights
-from .prediction_bd3lm import CERTAINTIES, PartialSortTopPLogitsWarper
+from .prediction_bd3lm import CERTAINTIES, SelectingTopPLogitsWarper
 from .samplers_bd3lm import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
 
 
@@ -54,6 +54,7 @@ class BD3LMGenerationConfig(GenerationConfig):
         entropy_stop_threshold: end a row when its last `entropy_stop_window` tokens, as a distribution over ids, have
             less entropy than this, in nats (arXiv 2503.09573 takes 4.0 and 256).
         entropy_stop_window: tokens that the entropy is computed over; 256 by default.
+        kwargs: arguments of `GenerationConfig`.
 
     Raises:
         ValueError: a value breaks its rule; the message names the argument, the value and the rule.
@@ -94,7 +95,7 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_generation_config(cls, generation_config: GenerationConfig) -> "BD3LMGenerationConfig":
-        """Raises a plain config, which is what loading yields, to this class."""
+        """The plain `generation_config`, which is what loading yields, as one of this class."""
         if isinstance(generation_config, cls):
             return generation_config
         raised = cls()
@@ -104,6 +105,12 @@ class BD3LMGenerationConfig(GenerationConfig):
         return raised
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        """
+        As `GenerationConfig.validate`, and the arguments of this class.
+
+        Raises:
+            ValueError: a value breaks its rule; the message names the argument, the value and the rule.
+        """
         if self.top_k == 0:
             # Off, and so no sampling argument that `do_sample=False` would contradict.
             user_set_attributes = set(user_set_attributes or vars(self)) - {"top_k"}
@@ -176,6 +183,7 @@ class BD3LMGenerationConfig(GenerationConfig):
         The sampler of one block.
 
         Args:
+            block_size: tokens of the block, and so the steps of a sampler that is given no number of them.
             noise_schedule: the model's.
 
         Raises:
@@ -202,6 +210,8 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     def row_seeds(self, batch_size: int) -> list[int] | None:
         """
+        The seed of each of the `batch_size` rows, `num_return_sequences` included; None without `seed`.
+
         Raises:
             ValueError: `seed` is a list of another length than the batch.
         """
@@ -268,6 +278,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         return BD3LMGenerationConfig.from_generation_config(generation_config), model_kwargs
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """As `GenerationMixin` adjusts a model that was loaded, with a [`BD3LMGenerationConfig`] in the end."""
         super().adjust_generation_fn(*args, **kwargs)
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
 
@@ -346,7 +357,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         # Transformers' own runs the model on a next token, which this one does not predict.
         is_guided = any(type(part) is UnbatchedClassifierFreeGuidanceLogitsProcessor for part in processors)
         processors = LogitsProcessorList(
-            PartialSortTopPLogitsWarper.of(part) if type(part) is TopPLogitsWarper else part
+            SelectingTopPLogitsWarper.of(part) if type(part) is TopPLogitsWarper else part
             for part in processors
             if type(part) is not UnbatchedClassifierFreeGuidanceLogitsProcessor
         )

@@ -327,8 +327,10 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         Returns:
             [batch, selected, hidden].
         """
-        if self.packed is not None and self.packed.takes(hidden_states, modulation, pattern):
-            return self.packed(hidden_states, pattern, rotary, selection, past_key_values, **kwargs)
+        # Another thread may take back what it lent.
+        packed = self.packed
+        if packed is not None and packed.takes(hidden_states, modulation, pattern):
+            return packed(hidden_states, pattern, rotary, selection, past_key_values, **kwargs)
         if modulation is None:
             modulation = self.modulation(condition)
         hidden_states, _ = self.self_attn(

@@ -35,25 +35,27 @@ CONTEXT_FREE_PROCESSORS = (
 CERTAINTIES = ("probability", "margin", "negative_entropy")
 
 
-class PartialSortTopPLogitsWarper(TopPLogitsWarper):
+class SelectingTopPLogitsWarper(TopPLogitsWarper):
     """
-    `TopPLogitsWarper` that sorts the likeliest tokens alone of the rows where they hold the nucleus, as they nearly
-    always do, and all tokens of the others.
+    `TopPLogitsWarper` that does not sort the vocabulary on a CPU, where that costs as much as a small model's forward.
 
-    On a CPU, sorting a vocabulary of 50,000 costs as much as a small model's forward. Where most rows so far had a
-    wider nucleus, more are sorted from then on, and all where that would be a good part of the vocabulary.
+    The nucleus lies among the likeliest `num_sorted` tokens, or it is wide: then a histogram of the scores tells in
+    which of its bins the nucleus ends, and that bin alone is sorted.
     """
 
     num_sorted = 512
-    _num_rows = _num_wide = 0
+    num_bins = 2048
+    # In nats below the likeliest token; the last bin holds what lies beyond.
+    bin_width = 1 / 64
 
     @classmethod
-    def of(cls, warper: TopPLogitsWarper) -> "PartialSortTopPLogitsWarper":
+    def of(cls, warper: TopPLogitsWarper) -> "SelectingTopPLogitsWarper":
         """The same warper as this."""
         return cls(warper.top_p, warper.filter_value, warper.min_tokens_to_keep)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if scores.device.type != "cpu" or 4 * self.num_sorted >= scores.shape[-1]:
+        is_large = scores.shape[-1] > 4 * self.num_sorted and self.min_tokens_to_keep <= self.num_sorted
+        if scores.device.type != "cpu" or not is_large:
             return super().__call__(input_ids, scores)
         likeliest, ids = scores.topk(self.num_sorted, dim=-1)
         probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
@@ -64,16 +66,26 @@ class PartialSortTopPLogitsWarper(TopPLogitsWarper):
         nucleus = likeliest.masked_fill(~kept, self.filter_value)
         nucleus = torch.full_like(scores, self.filter_value).scatter_(-1, ids, nucleus)
         if is_wide.any():
-            nucleus[is_wide] = super().__call__(input_ids[is_wide], scores[is_wide])
-        self._count(is_wide)
+            nucleus[is_wide] = self._wide_nucleus(scores[is_wide])
         return nucleus
 
-    def _count(self, is_wide: torch.Tensor) -> None:
-        self._num_rows += len(is_wide)
-        self._num_wide += int(is_wide.sum())
-        if 2 * self._num_wide > self._num_rows:
-            self.num_sorted *= 8
-            self._num_rows = self._num_wide = 0
+    def _wide_nucleus(self, scores: torch.Tensor) -> torch.Tensor:
+        """The scores [rows, vocab], of finite rows, without what lies outside the nucleus."""
+        probabilities = scores.softmax(-1)
+        distance = scores.amax(-1, keepdim=True) - scores
+        bins = (distance / self.bin_width).clamp(max=self.num_bins - 1).long()
+        mass = torch.zeros(len(scores), self.num_bins, dtype=torch.float64)
+        mass.scatter_add_(1, bins, probabilities.double())
+        before = mass.cumsum(-1) - mass
+        last = (before < self.top_p).sum(-1, keepdim=True) - 1
+        is_last = bins == last
+        in_last, ids = scores.masked_fill(~is_last, -torch.inf).topk(int(is_last.sum(-1).max()), dim=-1)
+        mass = probabilities.gather(1, ids).double()
+        beyond = before.gather(1, last) + mass.cumsum(-1) - mass >= self.top_p
+        # Of a row with fewer tokens in its bin than another the rest is not of that bin.
+        beyond = beyond & is_last.gather(1, ids)
+        is_outside = (bins > last).scatter_(1, ids, beyond | (bins > last).gather(1, ids))
+        return scores.masked_fill(is_outside, self.filter_value)
 
 
 def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

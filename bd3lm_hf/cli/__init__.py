@@ -19,11 +19,12 @@ Block diffusion language models: train, evaluate, sample, publish and convert th
   bd3lm quality    perplexity under a judge, entropy, diversity and lengths of samples
   bd3lm push       publish a trained model on the Hub, with a model card
   bd3lm plot       a sample as it is denoised, the attention pattern, noise schedules, training curves
+  bd3lm app        a page in the browser on which one watches a model write, or a Space of it
   bd3lm convert    bring a published checkpoint, or one of the published training code, into this package's format
 
 `bd3lm COMMAND --help` explains a command, with examples."""
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "convert")
+COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "app", "convert")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
