@@ -3,20 +3,25 @@ VENV ?= .venv
 # Asked for by itself and first, so that an index which offers a CPU build decides which build is installed.
 TORCH ?= torch==2.13.0
 
+# The lower bounds that setup.py declares: torch==2.11 transformers==5.17, say.
+OLDEST ?= $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' setup.py)
+
 # How many processes run the tests, each on one thread.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help test test-slow demo lint conformance clean
+.PHONY: help test test-oldest test-slow demo lint conformance docs clean
 
 help:
 	@echo 'make demo         train, save, reload and sample a small model on the Python standard library (5 minutes)'
 	@echo 'make test         the test suite'
+	@echo 'make test-oldest  the test suite with the oldest supported torch and transformers, in an environment of its own'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make conformance  the model tests that Transformers runs on its own models'
 	@echo 'make lint         ruff'
+	@echo 'make docs         the documentation, into the folder site'
 	@echo 'make clean        remove the virtual environment and everything that is generated'
 
 $(INSTALLED): setup.py pyproject.toml
@@ -27,6 +32,9 @@ $(INSTALLED): setup.py pyproject.toml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+test-oldest:
+	$(MAKE) test VENV=$(VENV)-oldest TORCH='$(OLDEST)'
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
@@ -41,6 +49,9 @@ lint: $(INSTALLED)
 conformance: $(INSTALLED)
 	$(BIN)/python -m tests.conformance.run
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
+	rm -rf $(VENV) $(VENV)-oldest build dist site *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

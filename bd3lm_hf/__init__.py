@@ -1,35 +1,50 @@
 """Block Discrete Denoising Diffusion Language Models (BD3-LMs, arXiv 2503.09573) for Hugging Face Transformers."""
 
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-from transformers.pipelines import PIPELINE_REGISTRY
+from .registration import register_with_transformers
 
-from .collators import BD3LMDataCollator
-from .conversion import convert_checkpoint, from_published_state_dict, to_published_state_dict
-from .modeling.cache_bd3lm import CommitCache
-from .modeling.configuration_bd3lm import BD3LMConfig
-from .modeling.denoising_bd3lm import EntropyStoppingCriteria
-from .modeling.diffusion_bd3lm import (
-    FULL_NOISE_INTERVAL,
-    NOISE_SCHEDULES,
-    NoiseSchedule,
-    forward_process,
-    sample_timesteps,
-    subs_log_probs,
-)
-from .modeling.generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
-from .modeling.infilling_bd3lm import TEXT_INFILLING, TextInfillingPipeline
-from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMOutput, BD3LMPreTrainedModel
-from .modeling.samplers_bd3lm import (
-    SAMPLERS,
-    AncestralSampler,
-    ConfidenceSampler,
-    EntropyBoundSampler,
-    FirstHittingSampler,
-    Sampler,
-)
+
+if TYPE_CHECKING:
+    from .collators import BD3LMDataCollator
+    from .conversion import convert_checkpoint, from_published_state_dict, to_published_state_dict
+    from .corpora import CORPORA, Corpus, detokenize, load_corpus
+    from .data import load_documents, pack_documents, split_documents
+    from .evaluation import NELBO_METRIC, Likelihood, evaluate_likelihood, load_for_evaluation, unigram_perplexity
+    from .finetuning import pack_examples, prepare_finetuning
+    from .hub import push_to_hub
+    from .modeling.cache_bd3lm import CommitCache
+    from .modeling.configuration_bd3lm import BD3LMConfig
+    from .modeling.denoising_bd3lm import EntropyStoppingCriteria
+    from .modeling.diffusion_bd3lm import (
+        FULL_NOISE_INTERVAL,
+        NOISE_SCHEDULES,
+        NoiseSchedule,
+        forward_process,
+        sample_timesteps,
+        subs_log_probs,
+    )
+    from .modeling.generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+    from .modeling.infilling_bd3lm import TextInfillingPipeline
+    from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMOutput, BD3LMPreTrainedModel
+    from .modeling.samplers_bd3lm import (
+        SAMPLERS,
+        AncestralSampler,
+        ConfidenceSampler,
+        EntropyBoundSampler,
+        FirstHittingSampler,
+        Sampler,
+    )
+    from .noise import NoiseSampler
+    from .plots import loss_variance, plot_attention_pattern, plot_denoising, plot_noise_schedules, plot_training
+    from .quality import GenerativePerplexity, SampleStatistics, generative_perplexity, sample_statistics
+    from .tokenization import load_tokenizer, token_byte_counts, train_tokenizer
+    from .trainer import BD3LMTrainer
+    from .training_args import BD3LMTrainingArguments
+    from .variance import Estimate, gradient_variance, nelbo_variance, noise_interval_grid
+    from .windows import encode_documents
 
 
 __version__ = "0.1.0"
@@ -99,28 +114,45 @@ __all__ = [
     "unigram_perplexity",
 ]
 
-AutoConfig.register(BD3LMConfig.model_type, BD3LMConfig)
-AutoModel.register(BD3LMConfig, BD3LMModel)
-AutoModelForMaskedLM.register(BD3LMConfig, BD3LMForMaskedLM)
-AutoModelForCausalLM.register(BD3LMConfig, BD3LMForMaskedLM)
-PIPELINE_REGISTRY.register_pipeline(TEXT_INFILLING, TextInfillingPipeline, pt_model=AutoModelForMaskedLM, type="text")
-
-
-# What needs Trainer or the package `datasets`, slow to import, is imported when it is asked for.
-_LAZY = {
+# Imported when they are asked for: to import a model takes longer than to import torch and Transformers.
+_MODULES = {
+    "AncestralSampler": "modeling.samplers_bd3lm",
+    "BD3LMConfig": "modeling.configuration_bd3lm",
+    "BD3LMDataCollator": "collators",
+    "BD3LMForMaskedLM": "modeling.modeling_bd3lm",
+    "BD3LMGenerateOutput": "modeling.generation_bd3lm",
+    "BD3LMGenerationConfig": "modeling.generation_bd3lm",
+    "BD3LMModel": "modeling.modeling_bd3lm",
+    "BD3LMOutput": "modeling.modeling_bd3lm",
+    "BD3LMPreTrainedModel": "modeling.modeling_bd3lm",
     "BD3LMTrainer": "trainer",
     "BD3LMTrainingArguments": "training_args",
+    "BlockDiffusionGenerationMixin": "modeling.generation_bd3lm",
     "CORPORA": "corpora",
+    "CommitCache": "modeling.cache_bd3lm",
+    "ConfidenceSampler": "modeling.samplers_bd3lm",
     "Corpus": "corpora",
+    "EntropyBoundSampler": "modeling.samplers_bd3lm",
+    "EntropyStoppingCriteria": "modeling.denoising_bd3lm",
     "Estimate": "variance",
+    "FULL_NOISE_INTERVAL": "modeling.diffusion_bd3lm",
+    "FirstHittingSampler": "modeling.samplers_bd3lm",
     "GenerativePerplexity": "quality",
     "Likelihood": "evaluation",
     "NELBO_METRIC": "evaluation",
+    "NOISE_SCHEDULES": "modeling.diffusion_bd3lm",
     "NoiseSampler": "noise",
+    "NoiseSchedule": "modeling.diffusion_bd3lm",
+    "SAMPLERS": "modeling.samplers_bd3lm",
     "SampleStatistics": "quality",
+    "Sampler": "modeling.samplers_bd3lm",
+    "TextInfillingPipeline": "modeling.infilling_bd3lm",
+    "convert_checkpoint": "conversion",
     "detokenize": "corpora",
     "encode_documents": "windows",
     "evaluate_likelihood": "evaluation",
+    "forward_process": "modeling.diffusion_bd3lm",
+    "from_published_state_dict": "conversion",
     "generative_perplexity": "quality",
     "gradient_variance": "variance",
     "load_corpus": "corpora",
@@ -139,14 +171,25 @@ _LAZY = {
     "prepare_finetuning": "finetuning",
     "push_to_hub": "hub",
     "sample_statistics": "quality",
+    "sample_timesteps": "modeling.diffusion_bd3lm",
     "split_documents": "data",
+    "subs_log_probs": "modeling.diffusion_bd3lm",
+    "to_published_state_dict": "conversion",
     "token_byte_counts": "tokenization",
     "train_tokenizer": "tokenization",
     "unigram_perplexity": "evaluation",
 }
 
+register_with_transformers()
+
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

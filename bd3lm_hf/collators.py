@@ -44,6 +44,7 @@ class BD3LMDataCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of the examples `features`: what stands under Returns and Raises above, [batch, length]."""
         examples = [self._example(row, feature) for row, feature in enumerate(features)]
         columns = {
             name: self._pad([example[name] for example in examples], padding_value)

@@ -106,9 +106,6 @@ def register_published_format() -> None:
         register_checkpoint_conversion_mapping(class_name, weight_transforms(), overwrite=True)
 
 
-register_published_format()
-
-
 def published_parameters(num_hidden_layers: int, adaln: bool) -> dict[str, tuple[str, ...]]:
     """
     The table for one model: published name -> the names it has here, in the order of the published `parameters()`.
@@ -151,11 +148,11 @@ def from_published_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[st
     Published weights under the names of [`BD3LMForMaskedLM`].
 
     Args:
-        state_dict: published name -> tensor. Its buffers (rotary frequencies, noise interval) may be there; they are
-            left out, because the configuration owns them.
+        state_dict: published name -> tensor, linear weights [out, in]. Its buffers (rotary frequencies, noise
+            interval) may be there; they are left out, because the configuration owns them.
 
     Returns:
-        Name -> tensor; the parts of the fused projections are views.
+        Name -> tensor; the parts of the fused projections, [out, in] of [parts * out, in], are views.
 
     Raises:
         ValueError: a tensor is missing or surplus.
@@ -170,6 +167,9 @@ def to_published_state_dict(model: BD3LMForMaskedLM) -> dict[str, torch.Tensor]:
     """
     The weights of `model` as the published code loads them: published names, fused projections, and its buffers
     (`sampling_eps_min` and `sampling_eps_max` hold `config.noise_interval`).
+
+    Returns:
+        Published name -> tensor, linear weights [out, in]; those that are fused there are copies, others are shared.
     """
     config, state_dict = model.config, model.state_dict()
     published = {}

@@ -122,6 +122,7 @@ def _scientific_papers(config: str, missing: tuple[str, ...] = ()) -> Corpus:
     )
 
 
+# The corpora that papers report likelihoods on, by the names that `load_corpus` and `--data` take.
 CORPORA = {
     "wikitext2": _wikitext("wikitext-2-raw-v1"),
     "wikitext103": _wikitext("wikitext-103-raw-v1"),
@@ -191,6 +192,7 @@ def load_corpus(
             such a name is read as a copy of that corpus.
         split: A split, or a slice of one in `datasets`' notation (`"train[:10%]"`, not of a stream).
         corpus: A name above: `source` is a copy of it, to be split and detokenized likewise. It may be
+
             - a file, of text or a table (`.jsonl`, `.json`, `.csv`, `.parquet`), that holds the split; for
               `openwebtext`, which is cut here, the whole corpus; for `text8` either;
             - a folder of such files, whose paths tell the splits (`wiki.valid.tokens`, `test/0000.parquet`);

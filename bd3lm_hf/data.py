@@ -92,6 +92,7 @@ def load_documents(
 
     Args:
         source: One of
+
             - `"builtin"`: the source files of the Python standard library, one document each, in sorted order;
             - a file: plain UTF-8 text is one document; `.jsonl`, `.json`, `.csv` and `.parquet` hold one per row;
             - a folder: every `.txt`, `.md`, `.rst` or `.py` file below it is one document, in sorted order;
@@ -175,6 +176,17 @@ def _read_text_files(files: list[Path], source: str, streaming: bool) -> Dataset
 
 
 def select_text(table: Dataset | IterableDataset, source: str, text_column: str) -> Dataset | IterableDataset:
+    """
+    The column `text_column` of a table alone, under the name `text`.
+
+    Args:
+        table: A table or a stream.
+        source: What the error calls the table.
+        text_column: The name of the column.
+
+    Raises:
+        ValueError: if there is no such column, or a table, which unlike a stream is read for this, holds no text.
+    """
     columns = column_names(table)
     if text_column not in columns:
         raise ValueError(f"text_column={text_column!r} is not a column of {source!r}; it has {columns}")
@@ -185,6 +197,12 @@ def select_text(table: Dataset | IterableDataset, source: str, text_column: str)
 
 
 def require_text(documents: Dataset, name: str) -> Dataset:
+    """
+    The documents as they are.
+
+    Raises:
+        ValueError: if there is nothing but blanks in them; `name` is what the error calls them.
+    """
     if not any(text and not text.isspace() for text in documents["text"]):
         raise ValueError(f"{name} holds no text ({len(documents)} documents)")
     return documents
@@ -196,6 +214,11 @@ def split_documents(documents: Dataset, held_out_fraction: float, seed: int = 0)
 
     Whole documents, drawn with `seed`, are held out, so that no document is on both sides. A corpus of one document
     is cut in two at the end of a line instead, and its end is held out.
+
+    Args:
+        documents: A table with the column `text`.
+        held_out_fraction: The share of the documents, or of the characters of a single one, to hold out.
+        seed: Of the draw.
 
     Returns:
         The splits `train` and `held_out`.
@@ -263,6 +286,7 @@ def pack_documents(
 
     Args:
         documents: A dataset with the column `text`, a table or a stream; rows without text are passed over.
+        tokenizer: A tokenizer with BOS and EOS.
         length: Tokens of a sequence, BOS included; a multiple of the model's block size wastes no part of a block.
         drop_remainder: Leave out what does not fill a sequence (training) or keep it as a shorter one (evaluation).
 

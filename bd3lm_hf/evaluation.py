@@ -165,6 +165,7 @@ def evaluate_likelihood(
         stride: Tokens, in whole blocks, between the starts of windows over a longer sequence; by default half a
             window. A window of one block slides by all but one token.
         batch_size: Windows per forward pass.
+        seed: Seed of the noise.
         num_bytes: UTF-8 bytes that the predicted tokens encode; needed for bits per byte.
         progress: Show a progress bar.
 
@@ -379,6 +380,10 @@ def unigram_perplexity(
 
     Token frequencies are smoothed by adding one. The first token of a sequence is neither counted nor predicted, as
     in `evaluate_likelihood`.
+
+    Args:
+        train_sequences, held_out_sequences: Token ids, one row per sequence, of any lengths.
+        vocab_size: Number of token ids.
 
     Raises:
         ValueError: if there is no predicted token on either side, or an id is outside the vocabulary.

@@ -121,10 +121,12 @@ class BD3LMHarness(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """Ends a document: EOS."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
+        """Begins a document: BOS."""
         return self.tokenizer.bos_token_id
 
     @property

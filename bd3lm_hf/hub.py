@@ -260,6 +260,7 @@ def push_to_hub(
         checkpoint: The folder.
         repo_id: `user/name`, or a name under which the token's user stores it.
         private, token, revision, commit_message: As [`upload`] takes them.
+        kwargs: Any of the following.
         tokenizer: To be published with it, if none lies in the folder.
         base_model: Id on the Hub of the model that training went on from. An adapter whose base is a folder needs it,
             and refers to it from then on.

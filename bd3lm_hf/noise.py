@@ -202,6 +202,8 @@ class NoiseSampler:
 
     def validate(self, config: BD3LMConfig) -> None:
         """
+        Whether a model of this `config` can be trained under this noise.
+
         Raises:
             ValueError: an unknown `masking`, no copy, complementary masks of other than two copies or for a model that
                 reads t.

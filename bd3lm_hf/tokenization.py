@@ -58,6 +58,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     A missing mask token is added with the next free id; a missing BOS falls back to the CLS or EOS token, a missing
     EOS to the SEP or BOS token, and a missing padding token to the EOS token.
 
+    Args:
+        name_or_path: A folder, or a repository id on the Hub.
+
     Raises:
         ValueError: if it cannot be loaded, has no fast implementation or has none of the four boundary tokens.
     """
@@ -126,6 +129,9 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.LongTensor | 
     There, each character of a token's string is one byte, so the counts of the tokens of a text add up to the bytes of
     what was tokenized: the text itself, unless the tokenizer normalizes it or puts a space in front. Special tokens
     count 0; a token that was added without being special counts the bytes of its text.
+
+    Args:
+        tokenizer: Any tokenizer.
 
     Returns:
         int64 [vocab], or None for a tokenizer whose tokens do not say which bytes they encode.

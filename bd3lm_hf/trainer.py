@@ -56,7 +56,7 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         args: [`BD3LMTrainingArguments`].
         data_collator: Makes batches of `input_ids` and, optionally, `labels`, `attention_mask`, `position_ids` and
             `document_ids`. By default a [`BD3LMDataCollator`].
-        others: As `Trainer` takes them.
+        train_dataset, eval_dataset, kwargs: As `Trainer` takes them.
 
     Raises:
         ValueError: what can't be trained with, found before the first step: arguments outside their range, a model
@@ -164,7 +164,10 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        """The loss under the noise of this step, in nats per predicted token of the whole batch."""
+        """
+        As `Trainer.compute_loss`: the loss under the noise of this step, in nats per predicted token of the whole
+        batch.
+        """
         if self._noised_step != self.state.global_step:
             self._noised_step, self._noised_batches = self.state.global_step, 0
         batch_size = self._train_batch_size

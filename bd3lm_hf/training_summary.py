@@ -235,6 +235,7 @@ class TrainingSummary:
 
 
 def package_versions(with_peft: bool = False) -> dict[str, str]:
+    """The versions of what trains, by package, and of Python."""
     packages = ("bd3lm-hf", "transformers", "torch", "datasets", "tokenizers", *(["peft"] if with_peft else []))
     return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 

@@ -206,6 +206,7 @@ def nelbo_variance(
         masking: "bernoulli" or "exact_count".
         batch_size: Sequences per forward pass; the draws do not depend on it.
         num_draws: Passes over all sequences.
+        seed: Seed of the noise.
         progress: Show a progress bar.
 
     Returns:
@@ -260,6 +261,7 @@ def gradient_variance(
         noise_interval: (beta, omega) that t is drawn from; by default that of the model's configuration.
         noise_sampler: How noise is drawn; by default `NoiseSampler()`, one Bernoulli-masked copy.
         num_batches: Take so many of the batches only.
+        seed: Seed of the noise.
         progress: Show a progress bar.
 
     Returns:

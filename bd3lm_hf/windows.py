@@ -30,6 +30,10 @@ def encode_documents(texts: Iterable[str | None], tokenizer: PreTrainedTokenizer
     The ids of each document, BOS in front and EOS behind; what holds no text is passed over.
 
     Special tokens that are spelled out in a text are read as ordinary text.
+
+    Args:
+        texts: the documents.
+        tokenizer: a tokenizer with BOS and EOS.
     """
     texts = [text for text in texts if text]
     if not texts:

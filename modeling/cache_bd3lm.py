@@ -34,6 +34,20 @@ class CommitCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        As `Cache.update`, but that all positions behind the first `num_commit` are returned without being kept.
+
+        Args:
+            key_states, value_states: of the incoming positions [batch, heads, length, head_dim].
+            layer_idx: number of the layer.
+            args, kwargs: as the cache takes them.
+
+        Returns:
+            keys and values of the cached and the incoming positions [batch, heads, cached + length, head_dim].
+
+        Raises:
+            ValueError: a layer of the cache is static and sliding.
+        """
         num_transient = key_states.shape[-2] - self.num_commit
         if num_transient <= 0:
             return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)

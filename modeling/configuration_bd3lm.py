@@ -38,6 +38,7 @@ class BD3LMConfig(PreTrainedConfig):
         noise_schedule: "loglinear", "square", "square_root", "log" or "cosine".
         noise_interval: (beta, omega), the interval of t that training draws from ("clipped schedule" if narrower).
         mask_token_id: id of the mask token; `None` means the last one.
+        bos_token_id, eos_token_id, pad_token_id: ids of the other special tokens; `None` where there is none.
         ignore_bos: the first token of a text is neither masked nor predicted.
         rope_theta: base of the rotary embedding.
         layer_norm_eps: epsilon of the layer norms.

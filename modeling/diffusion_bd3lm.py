@@ -22,11 +22,33 @@ class NoiseSchedule:
     """
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
-        """p(t), of the shape of `t`."""
+        """
+        p(t).
+
+        Args:
+            t: times in [0, 1], of any shape [...].
+
+        Returns:
+            probabilities [...].
+
+        Raises:
+            NotImplementedError: a schedule of one's own overrides this.
+        """
         raise NotImplementedError
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """w(t), of the shape of `t`."""
+        """
+        w(t).
+
+        Args:
+            t: times in (0, 1], of any shape [...].
+
+        Returns:
+            weights [...], in 1 / (unit of t).
+
+        Raises:
+            NotImplementedError: a schedule of one's own overrides this.
+        """
         raise NotImplementedError
 
 
@@ -74,6 +96,7 @@ class CosineSchedule(NoiseSchedule):
         return rate / (self.mask_probability(t) + SCHEDULE_EPSILON)
 
 
+# The schedules of arXiv 2503.09573 by the name that `noise_schedule` takes.
 NOISE_SCHEDULES: dict[str, NoiseSchedule] = dict(
     zip(
         NOISE_SCHEDULE_NAMES,
@@ -107,6 +130,8 @@ def sample_timesteps(
         num_blocks: blocks per row.
         noise_interval: (beta, omega), 0 <= beta <= omega <= 1.
         antithetic: stratify the draws; otherwise they are independent.
+        generator: where the random numbers come from; by default torch's global generator.
+        device: where t is wanted.
 
     Returns:
         t of shape [batch_size, num_blocks], float32.
@@ -136,7 +161,9 @@ def forward_process(
     Args:
         x_0: clean ids [batch, length].
         mask_probability: p of each token, broadcastable to [batch, length].
+        mask_token_id: id of the mask token.
         maskable: bool [batch, length]; where False the token stays.
+        generator: where the random numbers come from; by default torch's global generator.
 
     Returns:
         x_t [batch, length].
@@ -155,9 +182,10 @@ def subs_log_probs(logits: torch.Tensor, x_t: torch.Tensor, mask_token_id: int) 
     Args:
         logits: raw scores [batch, length, vocab].
         x_t: noised ids [batch, length].
+        mask_token_id: id of the mask token.
 
     Returns:
-        log-probabilities [batch, length, vocab], float32.
+        log-probabilities, in nats [batch, length, vocab], float32.
     """
     logits = logits.float()
     is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id

@@ -1,5 +1,6 @@
 """The pipeline "text-infilling": fills the gaps of texts, and says how sure the model was of what it wrote there."""
 
+import copy
 import itertools
 import os.path
 from typing import Any
@@ -51,7 +52,7 @@ class TextInfillingPipeline(Pipeline):
         model: a `BD3LMForMaskedLM`.
         tokenizer: its tokenizer, with its mask token.
         placeholder, gap_length: defaults for the calls.
-        kwargs: arguments of `Pipeline`, and of `generate` as defaults for the calls.
+        args, kwargs: arguments of `Pipeline`, and of `generate` as defaults for the calls.
 
     Raises:
         ValueError: another kind of model; a tokenizer without the model's mask token.
@@ -61,7 +62,6 @@ class TextInfillingPipeline(Pipeline):
     _load_processor = False
     _load_image_processor = False
     _load_feature_extractor = False
-    _pipeline_calls_generate = True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -112,12 +112,28 @@ class TextInfillingPipeline(Pipeline):
         self, placeholder: str | None = None, gap_length: int | list[int] | None = None, **generate_kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         given = {"placeholder": placeholder, "gap_length": gap_length}
+        # How a pipeline keeps the arguments of `generate` changes with the version of Transformers. This one keeps
+        # those of `__init__`, which is where this method is called first.
+        if not hasattr(self, "generate_defaults"):
+            self.generate_defaults, generate_kwargs = generate_kwargs, {}
         return {name: value for name, value in given.items() if value is not None}, generate_kwargs, {}
 
     def preprocess(
         self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1
     ) -> dict[str, torch.Tensor]:
-        """The ids of one text [1, length], its gaps masked and BOS in front as in training."""
+        """
+        The ids of one text, its gaps masked and BOS in front as in training.
+
+        Args:
+            inputs: a text, or a mapping {"text", "gap_length"}.
+            placeholder, gap_length: see `__call__`.
+
+        Returns:
+            `input_ids` and `attention_mask` [1, length], and `num_added` [1], 1 if BOS was put in front.
+
+        Raises:
+            ValueError: no text, no gap in it, lengths that don't fit, a tokenizer that splits the mask token.
+        """
         text = inputs
         if isinstance(inputs, dict):
             if not {"text"} <= set(inputs) <= {"text", "gap_length"}:
@@ -161,22 +177,31 @@ class TextInfillingPipeline(Pipeline):
         return "".join(itertools.chain.from_iterable(zip(parts, [*gaps, ""]))), sum(lengths)
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
-        given = {**self._generate_kwargs, **generate_kwargs}
-        if refused := sorted(name for name in FIXED_ARGUMENTS if given.get(name) is not None):
+        # As in the pipelines of Transformers, a configuration that a call is given takes the place of the defaults.
+        if generate_kwargs.get("generation_config") is None:
+            generate_kwargs = {**self.generate_defaults, **generate_kwargs}
+        if refused := sorted(name for name in FIXED_ARGUMENTS if generate_kwargs.get(name) is not None):
             raise ValueError(
                 f"`{refused[0]}` must not be given: gaps are filled and nothing is written behind the text; "
                 "'text-generation' continues texts."
             )
-        if given.get("generation_config") is not None:
-            raised = BD3LMGenerationConfig.from_generation_config(given["generation_config"])
-            generate_kwargs = {**generate_kwargs, "generation_config": raised}
+        config = generate_kwargs.pop("generation_config", None)
+        configs = [self.model.generation_config] if config is None else [config, self.model.generation_config]
         fixed = {"infill": True, "output_reveal": True, "return_dict_in_generate": True}
-        if self._get_set_generation_params(given).get("suppress_tokens") is None:
-            fixed["suppress_tokens"] = sorted(set(self.tokenizer.all_special_ids))
+        defaults = {
+            "suppress_tokens": sorted(set(self.tokenizer.all_special_ids)),
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        for name, value in defaults.items():
+            if all(given.get(name) is None for given in (generate_kwargs, *map(vars, configs))):
+                fixed[name] = value
+        if config is None:
+            generate_kwargs.update(fixed)
+        else:
+            generate_kwargs["generation_config"] = copy.deepcopy(BD3LMGenerationConfig.from_generation_config(config))
+            generate_kwargs["generation_config"].update(**fixed)
         input_ids, attention_mask = model_inputs["input_ids"], model_inputs["attention_mask"]
-        output = self.model.generate(
-            input_ids, attention_mask=attention_mask, **self._prepare_generate_kwargs(generate_kwargs, **fixed)
-        )
+        output = self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
         # The model's own configuration may ask for a continuation.
         filled = {"sequences": output.sequences, "token_probabilities": output.token_probabilities}
         batch_size, length = input_ids.shape

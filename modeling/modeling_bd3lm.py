@@ -105,6 +105,11 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         """
         As `PreTrainedModel.from_pretrained`; with the package `bd3lm_hf` it reads the published checkpoints as well.
 
+        Args:
+            pretrained_model_name_or_path: folder or repository id on the Hub.
+            model_args, kwargs: as Transformers takes them.
+            output_loading_info: return (model, which tensors were missing, unexpected or of another shape).
+
         Raises:
             ValueError: a published checkpoint lacks tensors of the model or has others.
         """
@@ -136,7 +141,12 @@ class BD3LMPreTrainedModel(PreTrainedModel):
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
-    """The transformer without the output projection."""
+    """
+    The transformer without the output projection (arXiv 2503.09573).
+
+    Args:
+        config: sizes of the network.
+    """
 
     _keys_to_ignore_on_load_unexpected = [*BD3LMPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
 
@@ -191,6 +201,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
             layout: which tokens of the two streams are computed; all by default.
             kept_positions: columns of `input_ids` whose final states are wanted in a denoising pass [batch, kept].
             modulations: what `constant_modulations` returned, to spare computing it again.
+            kwargs: `output_hidden_states`, `output_attentions` and what else the attention function takes.
 
         Returns:
             `last_hidden_state` [batch, length, hidden], or of the kept columns or the layout's queries alone.
@@ -277,6 +288,13 @@ class BD3LMModel(BD3LMPreTrainedModel):
     def constant_modulations(self, device: torch.device) -> list[Modulation] | None:
         """
         The modulation of each layer and of the output at sigma 0; None where the network tells noise levels apart.
+
+        Args:
+            device: where the tensors are wanted.
+
+        Returns:
+            for each layer the shift, scale and gate of attention and those of the MLP, and last the shift and scale of
+            the output, each [hidden] and as [`folded`] leaves them; None in their place without `adaln`.
         """
         if self.config.adaln and self.config.time_conditioning:
             return None
@@ -379,7 +397,12 @@ class BD3LMModel(BD3LMPreTrainedModel):
 
 
 class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
-    """A block diffusion language model: the transformer and its output projection."""
+    """
+    A block diffusion language model (arXiv 2503.09573): the transformer and its output projection.
+
+    Args:
+        config: sizes of the network, and the noise it is trained under.
+    """
 
     generation_config_class = BD3LMGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -421,8 +444,8 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
         comes as x_t in `input_ids`, x_0 in `clean_input_ids`, and the `loss_weights`.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, clean_input_ids, timesteps,
-                use_cache, document_ids: see [`BD3LMModel.forward`].
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: see [`BD3LMModel.forward`].
+            clean_input_ids, timesteps, use_cache, document_ids: see [`BD3LMModel.forward`].
             labels: the clean id of each token to be predicted, -100 for tokens that are neither masked nor predicted
                 (prompts, padding) [batch, length]; not shifted.
             logits_to_keep: compute the logits of the last so many positions, or of these positions; 0 means all.
@@ -431,6 +454,11 @@ class BD3LMForMaskedLM(BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
             loss_weights: weight in the loss of each masked token of `input_ids`, of its shape; goes with `labels` and
                 `clean_input_ids`.
             num_items_in_batch: denominator of the loss in place of the number of predicted tokens.
+            kwargs: see [`BD3LMModel.forward`].
+
+        Returns:
+            a [`BD3LMOutput`], with `logits` [batch, length, vocab] of the kept positions, or with `labels` the `loss`
+            in nats per predicted token.
 
         Raises:
             ValueError: see [`BD3LMModel.forward`]; `labels` together with what only a denoising pass takes, or

@@ -65,19 +65,25 @@ class Sampler:
     may_remask = False
 
     def start(self, masked: torch.Tensor, noise: BlockNoise) -> None:
-        """Called once for each block, with its masked positions."""
+        """
+        Called once for each block, before its first step.
+
+        Args:
+            masked: the masked positions, bool [batch, block_size].
+            noise: random numbers of the block, kept as `self.noise`.
+        """
         self.noise = noise
 
     def is_finished(self, masked: torch.Tensor) -> bool:
-        """Whether the block is done; `masked` is what is left of it."""
+        """Whether the block is done; `masked`, bool [batch, block_size], is what is left of it."""
         return not masked.any()
 
     def candidates(self, masked: torch.Tensor) -> torch.Tensor:
-        """The masked positions to predict now, bool [batch, block_size]."""
+        """The positions out of the `masked` ones, bool [batch, block_size], to predict now, of the same shape."""
         return masked
 
     def mask_probability(self, masked: torch.Tensor) -> torch.Tensor:
-        """p of each row's block [batch]: by default the fraction of it that is masked."""
+        """p of each row's block [batch]: by default the fraction of it that is `masked`, bool [batch, block_size]."""
         return masked.float().mean(-1)
 
     def reveal(self, candidates: torch.Tensor, certainty: torch.Tensor | None) -> torch.Tensor:
@@ -231,6 +237,7 @@ class EntropyBoundSampler(Sampler):
         return torch.zeros_like(candidates).scatter(-1, order, before <= self.entropy_bound) & candidates
 
 
+# The names that `generate(sampler=...)` takes; a class that is added here can be named, too.
 SAMPLERS: dict[str, type[Sampler]] = {
     "first_hitting": FirstHittingSampler,
     "ancestral": AncestralSampler,

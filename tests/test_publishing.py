@@ -1,6 +1,7 @@
 """Publishing on a Hub on the loopback interface, and what others get from there: E1 and E2 of the acceptance."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -233,7 +234,7 @@ def test_the_card_tells_the_data_the_interval_the_arguments_and_the_versions(pub
     assert "chosen from data" in card.text and f"{chosen['nelbo_variance']:.4g}"[:4] in card.text
     assert "| `learning_rate` | 0.001 |" in card.text and "| `max_steps` | 4 |" in card.text
     assert "the moving average at step 4" in card.text
-    assert f"torch {__import__('torch').__version__}" in card.text and "2503.09573" in card.text
+    assert f"torch {importlib.metadata.version('torch')}" in card.text and "2503.09573" in card.text
     assert "| `first_hitting` (default) |" in card.text
     assert "\n\n\n" not in card.text
 

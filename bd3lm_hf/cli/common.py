@@ -27,6 +27,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def make_parser(command: str, description: str, parser_class: Callable = argparse.ArgumentParser, **kwargs):
+    """The parser of a command, of whatever class, with what all commands take."""
     parser = parser_class(
         prog=f"bd3lm {command}", description=description, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs
     )
@@ -36,6 +37,7 @@ def make_parser(command: str, description: str, parser_class: Callable = argpars
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what [`load_model`] reads."""
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a checkpoint.")
     parser.add_argument("--tokenizer", help="Folder or Hub id of a tokenizer. (default: the one beside the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator, if there is one)")

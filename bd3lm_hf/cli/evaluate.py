@@ -1,5 +1,6 @@
 """`bd3lm evaluate`."""
 
+import argparse
 from collections.abc import Sequence
 
 from .common import DATA_HELP, SOURCE_OPTIONS, add_model_arguments, given, make_parser
@@ -24,14 +25,6 @@ examples:
 
 def run(argv: Sequence[str]) -> None:
     """`bd3lm evaluate`."""
-    from accelerate import PartialState
-
-    from ..corpora import load_corpus
-    from ..data import draw_sequences, pack_documents
-    from ..estimators import ESTIMATOR_NAMES
-    from ..evaluation import evaluate_likelihood, load_for_evaluation
-    from ..windows import encode_documents
-
     parser = make_parser("evaluate", DESCRIPTION)
     add_model_arguments(parser)
     parser.add_argument("--data", required=True, help=f"What to score: {DATA_HELP}")
@@ -58,9 +51,9 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--max_eval_sequences", type=int, help="Score this many sequences. (default: all)")
     parser.add_argument(
         "--estimator",
-        choices=ESTIMATOR_NAMES,
-        help="All masks of a block, masks drawn by their number of tokens, or the paper's draws. (default: exact for "
-        "block sizes up to 4, else stratified)",
+        type=_estimator_name,
+        help="All masks of a block (exact), masks drawn by their number of tokens (stratified), or the paper's draws "
+        "(monte_carlo). (default: exact for block sizes up to 4, else stratified)",
     )
     parser.add_argument("--num_draws", type=int, help="Draws of the noise, four copies each. (default: 2)")
     parser.add_argument(
@@ -76,6 +69,13 @@ def run(argv: Sequence[str]) -> None:
             "--stride takes --window, and --window excludes --length, but got "
             f"--length {args.length} --window {args.window} --stride {args.stride}"
         )
+
+    from accelerate import PartialState
+
+    from ..corpora import load_corpus
+    from ..data import draw_sequences, pack_documents
+    from ..evaluation import evaluate_likelihood, load_for_evaluation
+    from ..windows import encode_documents
 
     model, tokenizer = load_for_evaluation(
         args.model, **given(args, ["tokenizer", "device", "dtype", "attn_implementation"])
@@ -101,3 +101,12 @@ def run(argv: Sequence[str]) -> None:
         print(likelihood)
         if args.json:
             likelihood.to_json(args.json)
+
+
+def _estimator_name(name: str) -> str:
+    # `choices` would import the estimators, and torch, to show the help.
+    from ..estimators import ESTIMATOR_NAMES
+
+    if name not in ESTIMATOR_NAMES:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(ESTIMATOR_NAMES)})")
+    return name

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from ..modeling.configuration_bd3lm import NOISE_SCHEDULE_NAMES
 from .common import HelpFormatter, add_model_arguments, given, load_model, make_parser
 from .generate import GENERATION_ARGUMENTS
 
@@ -60,7 +59,12 @@ def run(argv: Sequence[str]) -> None:
     attention.add_argument("--window", type=int, help="Earlier blocks that are seen. (default: all)")
 
     schedules = add_kind("schedules", _schedules)
-    schedules.add_argument("--schedules", nargs="+", choices=NOISE_SCHEDULE_NAMES, help="Which. (default: all)")
+    schedules.add_argument(
+        "--schedules",
+        nargs="+",
+        metavar="NAME",
+        help="Which: loglinear, square, square_root, log or cosine. (default: all)",
+    )
     schedules.add_argument(
         "--noise_interval",
         type=float,

@@ -41,6 +41,8 @@ TRAINING_DEFAULTS = {
 
 @dataclass
 class DataArguments:
+    """What to train on."""
+
     _argument_group_name = "data"
 
     data: str | None = field(default=None, metadata={"help": f"What to train on: {DATA_HELP}"})
@@ -111,6 +113,8 @@ def _config_field(help_text: str):
 
 @dataclass
 class ModelArguments:
+    """What to train: a new model of these sizes, or one that is there."""
+
     _argument_group_name = "model"
 
     model: str | None = field(
