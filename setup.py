@@ -51,6 +51,7 @@ setup(
         "lm-eval": LM_EVAL,
         "plots": PLOTS,
         "app": APP,
+        "docs": DOCS,
         "flash-attn": ["flash-attn>=2.7"],
         "dev": [
             "build>=1.2",

@@ -93,7 +93,10 @@ class PublishingMixin:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:
+                # Trainer of Transformers 5.17 reads it there alone.
+                self.args.hub_private_repo = private
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         self.create_model_card(**kwargs)
         if not self.is_world_process_zero():

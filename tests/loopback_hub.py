@@ -90,7 +90,9 @@ class LoopbackHub:
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        endpoint_port, storage_port = (server.server_address[1] for server in self._servers)
+        # huggingface_hub 1 tells origins apart by their hosts alone.
+        self.endpoint, self.storage = f"http://127.0.0.1:{endpoint_port}", f"http://localhost:{storage_port}"
 
     def __enter__(self) -> "LoopbackHub":
         for server in self._servers:

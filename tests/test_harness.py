@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_model
-from test_docs import README, run_python
 
 from bd3lm_hf import evaluate_likelihood, train_tokenizer
 from bd3lm_hf.cli import main
@@ -19,7 +18,6 @@ from bd3lm_hf.cli import main
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'bd3lm-hf[lm-eval]'")
 
-PAGE = README.parent / "docs" / "harness.md"
 DOCUMENTS = ["def main(argv):\n    return 0\n" * 6, "print('naïve')\n", "", "a = 1\nb = [a, a]\n" * 3]
 PAIRS = [
     ("def main(", "argv):\n    return"),
@@ -227,9 +225,3 @@ def test_without_the_harness_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match=r"needs lm-evaluation-harness: pip install 'bd3lm-hf\[lm-eval\]'"):
         importlib.import_module("bd3lm_hf.harness")
-
-
-def test_the_page_on_the_harness_runs(checkpoint, monkeypatch, tmp_path):
-    (tmp_path / "bd3lm-demo").symlink_to(checkpoint / "model")
-    monkeypatch.chdir(tmp_path)
-    assert run_python(PAGE)["harness"].estimator == "stratified"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from test_docs import README, commands, run_python
 
 from bd3lm_hf import (
     loss_variance,
@@ -23,7 +22,6 @@ from bd3lm_hf.cli import main
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'bd3lm-hf[plots]'")
 
-PAGE = README.parent / "docs" / "plots.md"
 HISTORY = [
     {"step": 2, "loss": 3.0, "learning_rate": 1e-3, "grad_norm": 1.5},
     {"step": 4, "eval_loss": 2.5, "eval_nelbo": 2.5, "eval_perplexity": math.exp(2.5)},
@@ -170,13 +168,3 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"Plots need matplotlib: pip install 'bd3lm-hf\[plots\]'"):
         plot_attention_pattern()
-
-
-def test_the_page_on_plots_runs(checkpoint, monkeypatch, tmp_path):
-    (tmp_path / "bd3lm-demo").symlink_to(checkpoint[0])
-    monkeypatch.chdir(tmp_path)
-    run_python(PAGE)
-    words = commands(PAGE)
-    assert [main(command) for command in words] == [0] * 4
-    written = {command[-1] for command in words} | {"attention.png", "schedules.svg"}
-    assert written == {path.name for path in tmp_path.iterdir()} - {"bd3lm-demo"}
