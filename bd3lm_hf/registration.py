@@ -80,14 +80,15 @@ def _outermost_import() -> Iterator[None]:
 def _register_imported() -> None:
     """Registers with every register that has been imported so far."""
     # To register may import another register.
-    while imported := {name: register for name, register in _PENDING.items() if name in sys.modules}:
+    while imported := {name: register for name, register in [*_PENDING.items()] if name in sys.modules}:
         for name, register in imported.items():
             # Waits for another thread that is still importing it.
             importlib.import_module(name)
             register()
             _PENDING.pop(name, None)
     if not _PENDING and _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)
+        # A new list: other threads may be going through the old one, and would miss the finder behind a removed one.
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not _FINDER]
 
 
 class _RegisteringLoader(Loader):
@@ -106,7 +107,17 @@ class _RegisteringLoader(Loader):
             module.__loader__ = self._loader
         with _outermost_import():
             self._loader.exec_module(module)
-            _register_imported()
+        # What our classes need may be in the hands of a thread that waits for this module: the last one registers.
+        if _IMPORTING:
+            return
+        with _outermost_import():
+            try:
+                _register_imported()
+            except (ImportError, RuntimeError):
+                # Another thread has come meanwhile, and Python found out (by a RuntimeError) that each waits for the
+                # other, or gave one of them a half imported module. That thread registers when it is done.
+                if _IMPORTING == {threading.get_ident()}:
+                    raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -123,7 +134,7 @@ class _RegisteringFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if threading.get_ident() in _IMPORTING or fullname.partition(".")[0] not in ("transformers", __package__):
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _RegisteringLoader(spec)

@@ -9,6 +9,7 @@ What surrounds a matrix product costs little to compute and much to keep. [`Norm
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -81,11 +82,25 @@ class OneDNNLinear(torch.autograd.Function):
         return grad_rows, grad_weight, grad_bias
 
 
+class Lent:
+    """What a module has for a while and its copies do not: a copy or a pickle holds None in its place."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()
+
+
+@dataclass
+class PackedWeight(Lent):
+    """A copy of a weight [out, in] in oneDNN's own layout."""
+
+    tensor: torch.Tensor
+
+
 class BD3LMLinear(nn.Linear):
     """`nn.Linear` by way of [`linear`]."""
 
-    # A copy of the weight in oneDNN's own layout, while `packed_bd3lm.py` lends it.
-    packed_weight: torch.Tensor | None = None
+    # While `packed_bd3lm.py` lends it.
+    packed_weight: PackedWeight | None = None
 
     def forward(self, input: torch.Tensor, function: Callable = linear):
         """
@@ -96,7 +111,7 @@ class BD3LMLinear(nn.Linear):
         if function is linear and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             packed = self.packed_weight
             if packed is not None and takes_onednn(input, self.weight):
-                return torch.ops.mkldnn._linear_pointwise(input.contiguous(), packed, self.bias, "none", [], "")
+                return torch.ops.mkldnn._linear_pointwise(input.contiguous(), packed.tensor, self.bias, "none", [], "")
         return function(input, self.weight, self.bias)
 
 

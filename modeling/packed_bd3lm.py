@@ -12,8 +12,17 @@ from torch import nn
 from transformers import Cache
 
 from .attention_bd3lm import DensePattern, select_tokens
-from .layers_bd3lm import BD3LMDecoderLayer, FoldedNorm, Modulation, apply_rotary, is_wrapped
-from .linear_bd3lm import BD3LMLinear, takes_onednn
+from .layers_bd3lm import (
+    BD3LMMLP,
+    BD3LMAttention,
+    BD3LMDecoderLayer,
+    BD3LMLayerNorm,
+    FoldedNorm,
+    Modulation,
+    apply_rotary,
+    is_wrapped,
+)
+from .linear_bd3lm import BD3LMLinear, Lent, PackedWeight, takes_onednn
 
 
 # When packing pays: it costs about as much as it spares in a dozen forwards of a few rows each.
@@ -27,7 +36,7 @@ def packed(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
 
 
-class PackedLayer:
+class PackedLayer(Lent):
     """
     A decoder layer at one modulation, in four matrix products.
 
@@ -58,12 +67,19 @@ class PackedLayer:
         if type(layer) is not BD3LMDecoderLayer or (layer.training and layer.self_attn.hidden_dropout > 0):
             return False
         attention, mlp = layer.self_attn, layer.mlp
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj)
-        modules = (attention, mlp, layer.input_layernorm, layer.post_attention_layernorm, *linears)
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        own = (BD3LMAttention, BD3LMMLP, BD3LMLayerNorm, BD3LMLayerNorm)
+        if any(type(module) is not kind for module, kind in zip((attention, mlp, *norms), own, strict=True)):
+            return False
+        without_bias = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        with_bias = (mlp.up_proj, mlp.down_proj)
+        linears = (*without_bias, *with_bias)
         return (
             all(type(linear) is BD3LMLinear for linear in linears)
+            and all(linear.bias is None for linear in without_bias)
+            and all(linear.bias is not None for linear in with_bias)
             and all(takes_onednn(linear.weight.detach(), linear.weight) for linear in linears)
-            and not any(is_wrapped(module) for module in modules)
+            and not any(is_wrapped(module) for module in (attention, mlp, *norms, *linears))
             and all(isinstance(shift, FoldedNorm | None) for shift in modulation[::3])
             and all(gate is None or gate.dim() == 1 for gate in modulation[2::3])
         )
@@ -144,7 +160,7 @@ def packed_weights(
         for layer, modulation in layers:
             layer.packed = PackedLayer(layer, modulation, num_rows)
         for linear in singles:
-            linear.packed_weight = packed(linear.weight, num_rows)
+            linear.packed_weight = PackedWeight(packed(linear.weight, num_rows))
         yield
     finally:
         for layer, _ in layers:

@@ -40,7 +40,8 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
     `TopPLogitsWarper` that does not sort the vocabulary on a CPU, where that costs as much as a small model's forward.
 
     The nucleus lies among the likeliest `num_sorted` tokens, or it is wide: then a histogram of the scores tells in
-    which of its bins the nucleus ends, and that bin alone is sorted.
+    which of its bins the nucleus ends, and that bin alone is sorted. A vocabulary of a few thousand tokens takes no
+    longer that way than to select from, so there that is the only way.
     """
 
     num_sorted = 512
@@ -57,6 +58,8 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
         is_large = scores.shape[-1] > 4 * self.num_sorted and self.min_tokens_to_keep <= self.num_sorted
         if scores.device.type != "cpu" or not is_large:
             return super().__call__(input_ids, scores)
+        if scores.shape[-1] <= 16 * self.num_sorted and self.min_tokens_to_keep == 1:
+            return self._wide_nucleus(scores)
         likeliest, ids = scores.topk(self.num_sorted, dim=-1)
         probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
         before = probabilities.cumsum(-1) - probabilities
@@ -70,14 +73,14 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
         return nucleus
 
     def _wide_nucleus(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores [rows, vocab], of finite rows, without what lies outside the nucleus."""
+        """The scores [rows, vocab] without what lies outside the nucleus; rows of no distribution as they are."""
         probabilities = scores.softmax(-1)
         distance = scores.amax(-1, keepdim=True) - scores
-        bins = (distance / self.bin_width).clamp(max=self.num_bins - 1).long()
+        bins = (distance / self.bin_width).nan_to_num_(nan=0.0).clamp_(max=self.num_bins - 1).long()
         mass = torch.zeros(len(scores), self.num_bins, dtype=torch.float64)
         mass.scatter_add_(1, bins, probabilities.double())
         before = mass.cumsum(-1) - mass
-        last = (before < self.top_p).sum(-1, keepdim=True) - 1
+        last = ((before < self.top_p).sum(-1, keepdim=True) - 1).clamp_(min=0)
         is_last = bins == last
         in_last, ids = scores.masked_fill(~is_last, -torch.inf).topk(int(is_last.sum(-1).max()), dim=-1)
         mass = probabilities.gather(1, ids).double()

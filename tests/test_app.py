@@ -131,17 +131,18 @@ def test_a_streamer_is_shown_what_is_revealed_only_where_that_is_recorded(filler
 def test_generate_ends_when_nobody_watches_any_more(filler, monkeypatch):
     put_reveal, steps = frames.FrameStreamer.put_reveal, []
 
-    def slow(*args):
-        steps.append(args)
-        time.sleep(0.05)
-        put_reveal(*args)
+    def waits_for_the_end_of_watching(streamer, *args):
+        steps.append(threading.current_thread())
+        deadline = time.monotonic() + 60
+        while len(steps) == 2 and streamer.is_watched and time.monotonic() < deadline:
+            time.sleep(0.01)
+        put_reveal(streamer, *args)
 
-    monkeypatch.setattr(frames.FrameStreamer, "put_reveal", slow)
+    monkeypatch.setattr(frames.FrameStreamer, "put_reveal", waits_for_the_end_of_watching)
     watched = frames.watch(filler.model, prompt_of(filler.model), max_new_tokens=26)
     next(watched)
-    threads = threading.active_count()
     watched.close()
-    assert threading.active_count() == threads - 1 and len(steps) < 5
+    assert len(steps) == 2 and not steps[0].is_alive()
 
 
 def test_what_generate_refuses_is_raised_where_one_watches(filler):
@@ -324,6 +325,12 @@ def test_gaps_are_not_filled_with_special_tokens(writer, filler, monkeypatch):
             "a",
             {0: "confidence", 3: "much"},
             "`confidence_threshold` must be a number or empty, but got 'much'",
+        ),
+        (
+            "write",
+            "a",
+            {0: "ancestral", 1: "1" + 19 * "0"},
+            "`denoising_steps` must be at most 1000 here, but got 10000000000000000000",
         ),
         ("write", "a", {7: "-1"}, "`seed` must be an integer >= 0"),
     ],

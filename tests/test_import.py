@@ -70,6 +70,34 @@ CHECKS = """
             for loader in (getattr(module.__spec__, "loader", None), getattr(module, "__loader__", None)):
                 assert not type(loader).__module__.startswith("bd3lm_hf"), name
 """
+# Threads that begin at once with what imports one another's modules.
+THREADS = """
+import sys, threading, traceback
+import transformers, bd3lm_hf
+
+statements = [
+    "from transformers import AutoModel",
+    "from transformers import pipeline",
+    "from transformers import Trainer",
+    "from bd3lm_hf import BD3LMForMaskedLM",
+]
+start, errors = threading.Barrier(len(statements)), []
+
+def run(statement):
+    start.wait(60)
+    try:
+        exec(statement, {})
+    except BaseException:
+        errors.append(f"{statement}: {traceback.format_exc()}")
+
+threads = [threading.Thread(target=run, args=[statement], daemon=True) for statement in statements]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(120)
+assert not errors, "".join(errors)
+assert not any(thread.is_alive() for thread in threads)
+"""
 # Each order runs in a fork of a process that has imported what is slow and neither Transformers nor this package.
 FORKS = """
 import os, sys, traceback
@@ -133,6 +161,12 @@ def test_the_classes_are_registered_in_whatever_order_things_are_imported():
     )
     assert result.stdout.splitlines() == list(ORDERS), result.stderr
     assert "already registered" not in result.stderr
+
+
+def test_threads_may_import_at_once():
+    code = THREADS + textwrap.dedent(CHECKS)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_pickled_model_is_read_by_a_process_that_has_imported_nothing(tmp_path):

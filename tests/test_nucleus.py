@@ -7,15 +7,15 @@ from transformers import TopPLogitsWarper
 from bd3lm_hf.modeling.prediction_bd3lm import SelectingTopPLogitsWarper
 
 
-VOCAB_SIZE = 5000
+VOCAB_SIZE = 10_000
 TEXT = torch.zeros(6, 3, dtype=torch.long)
 # What float32 cannot tell: a token may be in or out whose nucleus would be full so close to p.
 TOLERANCE = 1e-5
 
 
-def scores_of_widths(*temperatures):
+def scores_of_widths(*temperatures, vocab_size=VOCAB_SIZE):
     """A row for each: the higher its temperature, the wider its nucleus."""
-    scores = 3 * torch.randn(len(temperatures), VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    scores = 3 * torch.randn(len(temperatures), vocab_size, generator=torch.Generator().manual_seed(0))
     scores = scores / torch.tensor(temperatures)[:, None]
     scores[:, 7] = -torch.inf
     return scores
@@ -29,9 +29,10 @@ def mass_before(scores):
 
 @pytest.mark.parametrize("warper_class", [TopPLogitsWarper, SelectingTopPLogitsWarper])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 3000])
 @pytest.mark.parametrize("temperatures", [(0.1, 0.2, 0.3, 0.5), (0.2, 0.5, 30.0, 1.0, 2.0, 0.1), (300.0,)])
-def test_rows_keep_their_nucleus(warper_class, top_p, temperatures):
-    scores = scores_of_widths(*temperatures)
+def test_rows_keep_their_nucleus(warper_class, top_p, temperatures, vocab_size):
+    scores = scores_of_widths(*temperatures, vocab_size=vocab_size)
     warped = warper_class(top_p)(TEXT[: len(scores)], scores)
     is_kept, before = warped > -torch.inf, mass_before(scores)
     assert torch.equal(warped[is_kept], scores[is_kept])
@@ -60,8 +61,10 @@ def test_equal_scores_have_a_nucleus_of_their_share():
     assert abs(int((warped > -torch.inf).sum()) - 0.9 * VOCAB_SIZE) <= 1
 
 
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 3000])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_scores_that_are_no_distribution_pass_to_the_check_behind(bad):
-    scores = scores_of_widths(30.0, 30.0)
+def test_scores_that_are_no_distribution_reach_the_check_behind(bad, vocab_size):
+    scores = scores_of_widths(30.0, 30.0, vocab_size=vocab_size)
     scores[1, 3] = bad
-    assert SelectingTopPLogitsWarper(0.9)(TEXT[:2], scores).shape == scores.shape
+    warped = SelectingTopPLogitsWarper(0.9)(TEXT[:2], scores)
+    assert warped[0].amax().isfinite() and not warped[1].amax().isfinite()

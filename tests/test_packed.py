@@ -1,11 +1,15 @@
 """What `generate` borrows on a CPU: packed weights and layers compute the same, where they may, and are given back."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import random_model
 from transformers import DynamicCache
 
 from bd3lm_hf import CommitCache
+from bd3lm_hf.modeling.layers_bd3lm import BD3LMMLP, BD3LMAttention, BD3LMLayerNorm
 from bd3lm_hf.modeling.linear_bd3lm import HAS_ONEDNN
 from bd3lm_hf.modeling.packed_bd3lm import PackedLayer, packed_weights
 
@@ -105,6 +109,55 @@ def test_other_passes_do_not_take_a_packed_layer(packed_calls):
             assert not packed_calls
             model.model(ids, modulations=modulations)
         assert packed_calls
+
+
+class OtherNorm(BD3LMLayerNorm):
+    pass
+
+
+class OtherAttention(BD3LMAttention):
+    pass
+
+
+class OtherMLP(BD3LMMLP):
+    pass
+
+
+@pytest.mark.parametrize("adaln", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("input_layernorm", OtherNorm), ("post_attention_layernorm", OtherNorm)]
+    + [("self_attn", OtherAttention), ("mlp", OtherMLP)],
+)
+def test_a_layer_of_other_parts_is_called(name, kind, adaln):
+    model = random_model(adaln=adaln)
+    getattr(model.model.layers[0], name).__class__ = kind
+    with packed_weights(model, modulations_of(model), **OFTEN):
+        assert [layer.packed is not None for layer in model.model.layers] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+def test_a_layer_with_other_biases_is_called(name):
+    model = random_model()
+    layer = model.model.layers[0]
+    linear = getattr(layer.mlp if name in ("up_proj", "down_proj") else layer.self_attn, name)
+    linear.bias = torch.nn.Parameter(torch.ones(linear.out_features)) if linear.bias is None else None
+    with packed_weights(model, modulations_of(model), **OFTEN):
+        assert [each.packed is not None for each in model.model.layers] == [False, True]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_do_not_have_what_it_was_lent(copied):
+    model = random_model(hidden_size=64)
+    with packed_weights(model, modulations_of(model), **OFTEN):
+        other = copied(model)
+        assert not [name for name in model.state_dict() if "packed" in name]
+        assert model.lm_head.packed_weight is not None and model.model.layers[0].packed is not None
+    assert all(getattr(module, "packed_weight", None) is None for module in other.modules())
+    assert all(layer.packed is None for layer in other.model.layers)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("what", ["hook", "pre_hook", "forward", "dropout", "bfloat16", "module"])

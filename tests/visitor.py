@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,13 +60,17 @@ def served(space: Path) -> Iterator[str]:
             yield address
         finally:
             server.terminate()
-            server.wait()
+            try:
+                server.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
 
 
 def _answers(address: str) -> bool:
     try:
         urllib.request.urlopen(f"{address}/config", timeout=PATIENCE).close()
-    except urllib.error.URLError:
+    except OSError:
         return False
     return True
 
@@ -78,7 +81,8 @@ def chromium() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    with tempfile.TemporaryDirectory() as profile:
+    # A process of the browser may write there for a moment after it has quit.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         for flag in (*CHROMIUM_FLAGS, f"--user-data-dir={profile}"):
             options.add_argument(flag)
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))

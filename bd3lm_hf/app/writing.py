@@ -29,6 +29,8 @@ TAKEN_BY = {
     "entropy_bound": ("entropy_bound",),
 }
 LARGEST_SEED = 2**31 - 1
+# More of them would let one visitor hold the model, and its memory, for as long as they like.
+MOST_STEPS = 1000
 
 # The text, its legend and its figures.
 Shown = tuple[str, str, str]
@@ -97,6 +99,8 @@ class Writer:
     ) -> Iterator[Shown]:
         config = self.model.config
         steps = number_of("denoising_steps", denoising_steps, int)
+        if sampler in TAKEN_BY["denoising_steps"] and steps is not None and steps > MOST_STEPS:
+            raise ValueError(f"`denoising_steps` must be at most {MOST_STEPS} here, but got {steps}.")
         arguments = {
             "denoising_steps": steps,
             "remask_cap": remask_cap or None,
