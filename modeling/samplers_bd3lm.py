@@ -211,7 +211,8 @@ class ConfidenceSampler(Sampler):
             revealed = (certainty > self.confidence_threshold) | (rank == 0)
         else:
             num_masked = candidates.sum(-1, keepdim=True)
-            revealed = rank < -(-num_masked // max(self.steps_left, 1))
+            # More steps than tokens reveal one at a time.
+            revealed = rank < -(-num_masked // max(min(self.steps_left, candidates.shape[-1]), 1))
             self.steps_left -= 1
         return revealed & candidates
 

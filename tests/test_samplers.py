@@ -171,9 +171,11 @@ class TestForwards:
         assert forwards[-1] == 6 and len(set(forwards)) == 4
 
     def test_as_many_steps_as_tokens_equal_a_threshold_of_one(self, larger):
-        steps = self.run(larger, sampler="confidence", denoising_steps=16)
         threshold = self.run(larger, sampler="confidence", confidence_threshold=1.0)
-        assert torch.equal(steps.sequences, threshold.sequences)
+        # More steps than tokens are no more than that.
+        for number in (16, 17, 2**63):
+            steps = self.run(larger, sampler="confidence", denoising_steps=number)
+            assert torch.equal(steps.sequences, threshold.sequences)
 
     @pytest.mark.parametrize("certainty", ["probability", "margin", "negative_entropy"])
     def test_each_certainty_reveals_in_an_order_of_its_own(self, larger, certainty):
