@@ -31,7 +31,7 @@ sys.path.insert(0, ".")
 runpy.run_path("app.py", run_name="__main__")
 """
 # Seconds; a machine that is busy is slow.
-PATIENCE = 60
+PATIENCE = 180
 
 
 @contextlib.contextmanager
