@@ -61,6 +61,8 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "selenium>=4.40",
+            # As pyproject.toml asks for: the tests build without isolation.
+            "setuptools>=77",
             *PEFT,
             *EVAL,
             *PLOTS,
