@@ -32,63 +32,7 @@ CONTEXT_FREE_PROCESSORS = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-CERTAINTIES = ("probability", "margin", "negative_entropy")
-
-
-class SelectingTopPLogitsWarper(TopPLogitsWarper):
-    """
-    `TopPLogitsWarper` that does not sort the vocabulary on a CPU, where that costs as much as a small model's forward.
-
-    The nucleus lies among the likeliest `num_sorted` tokens, or it is wide: then a histogram of the scores tells in
-    which of its bins the nucleus ends, and that bin alone is sorted. A vocabulary of a few thousand tokens takes no
-    longer that way than to select from, so there that is the only way.
-    """
-
-    num_sorted = 512
-    num_bins = 2048
-    # In nats below the likeliest token; the last bin holds what lies beyond.
-    bin_width = 1 / 64
-
-    @classmethod
-    def of(cls, warper: TopPLogitsWarper) -> "SelectingTopPLogitsWarper":
-        """The same warper as this."""
-        return cls(warper.top_p, warper.filter_value, warper.min_tokens_to_keep)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        is_large = scores.shape[-1] > 4 * self.num_sorted and self.min_tokens_to_keep <= self.num_sorted
-        if scores.device.type != "cpu" or not is_large:
-            return super().__call__(input_ids, scores)
-        if scores.shape[-1] <= 16 * self.num_sorted and self.min_tokens_to_keep == 1:
-            return self._wide_nucleus(scores)
-        likeliest, ids = scores.topk(self.num_sorted, dim=-1)
-        probabilities = (likeliest - scores.logsumexp(-1, keepdim=True)).exp()
-        before = probabilities.cumsum(-1) - probabilities
-        kept = before < self.top_p
-        is_wide = kept[:, -1].clone()
-        kept[:, : self.min_tokens_to_keep] = True
-        nucleus = likeliest.masked_fill(~kept, self.filter_value)
-        nucleus = torch.full_like(scores, self.filter_value).scatter_(-1, ids, nucleus)
-        if is_wide.any():
-            nucleus[is_wide] = self._wide_nucleus(scores[is_wide])
-        return nucleus
-
-    def _wide_nucleus(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores [rows, vocab] without what lies outside the nucleus; rows of no distribution as they are."""
-        probabilities = scores.softmax(-1)
-        distance = scores.amax(-1, keepdim=True) - scores
-        bins = (distance / self.bin_width).nan_to_num_(nan=0.0).clamp_(max=self.num_bins - 1).long()
-        mass = torch.zeros(len(scores), self.num_bins, dtype=torch.float64)
-        mass.scatter_add_(1, bins, probabilities.double())
-        before = mass.cumsum(-1) - mass
-        last = ((before < self.top_p).sum(-1, keepdim=True) - 1).clamp_(min=0)
-        is_last = bins == last
-        in_last, ids = scores.masked_fill(~is_last, -torch.inf).topk(int(is_last.sum(-1).max()), dim=-1)
-        mass = probabilities.gather(1, ids).double()
-        beyond = before.gather(1, last) + mass.cumsum(-1) - mass >= self.top_p
-        # Of a row with fewer tokens in its bin than another the rest is not of that bin.
-        beyond = beyond & is_last.gather(1, ids)
-        is_outside = (bins > last).scatter_(1, ids, beyond | (bins > last).gather(1, ids))
-        return scores.masked_fill(is_outside, self.filter_value)
+CONFIDENCES = ("probability", "margin", "negative_entropy")
 
 
 def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -106,13 +50,13 @@ def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     total = cumulative[:, -1:]
     # Rounding up to the total would choose the last id, whatever its probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Of scores that are no distribution it would be the id behind the last.
+    # Scores without a finite value, which `TokenPredictor.check` reports, would give an id past the last.
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
 
 
-def certainty_of(kind: str, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def confidence_of(kind: str, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    How sure a model is of its predictions; larger is surer.
+    How sure a model is of its predictions; larger is more confident.
 
     Args:
         kind: "probability" of the token that was drawn, "margin" of the likeliest token before the second, or
@@ -139,13 +83,13 @@ class Prediction:
 
     Attributes:
         tokens: a token for each candidate [batch, block_size]; arbitrary elsewhere.
-        certainty: how sure the model is of it [batch, block_size], -inf elsewhere; None unless asked for.
+        confidence: how sure the model is of it [batch, block_size], -inf elsewhere; None unless asked for.
         probability: the model's probability of it, before the processors [batch, block_size]; None unless asked for.
         logits, scores: before and after the processors [num_candidates, vocab].
     """
 
     tokens: torch.Tensor
-    certainty: torch.Tensor | None
+    confidence: torch.Tensor | None
     probability: torch.Tensor | None
     logits: torch.Tensor
     scores: torch.Tensor
@@ -181,7 +125,7 @@ class TokenPredictor:
         columns: torch.Tensor,
         text: torch.Tensor,
         is_padding: torch.Tensor,
-        certainty_kind: str | None,
+        confidence_kind: str | None,
         needs_probability: bool,
         uniform: torch.Tensor,
     ) -> Prediction:
@@ -189,10 +133,10 @@ class TokenPredictor:
         Args:
             logits: of the candidates, row after row [num_candidates, vocab], float32.
             candidates: the positions to predict, bool [batch, block_size].
-            columns: where each row's block stands in `text` [batch, block_size].
+            columns: where each row's block lies in `text` [batch, block_size].
             text: all tokens, masked until known [batch, width].
             is_padding: bool [batch, width].
-            certainty_kind: see [`certainty_of`]; None if it is not needed.
+            confidence_kind: see [`confidence_of`]; None if it is not needed.
             needs_probability: whether the probability of the tokens is needed.
             uniform: numbers in [0, 1) to draw with [batch, block_size].
         """
@@ -204,18 +148,18 @@ class TokenPredictor:
         chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
         tokens = torch.zeros_like(columns)
         tokens[candidates] = chosen
-        certainty, probability = (
-            None if kind is None else self._certainty(kind, logits, candidates, chosen)
-            for kind in (certainty_kind, "probability" if needs_probability else None)
+        confidence, probability = (
+            None if kind is None else self._confidence(kind, logits, candidates, chosen)
+            for kind in (confidence_kind, "probability" if needs_probability else None)
         )
-        return Prediction(tokens, certainty, probability, logits, scores)
+        return Prediction(tokens, confidence, probability, logits, scores)
 
-    def _certainty(
+    def _confidence(
         self, kind: str, logits: torch.Tensor, candidates: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
-        certainty = torch.full(candidates.shape, -torch.inf, device=logits.device)
-        certainty[candidates] = certainty_of(kind, logits.log_softmax(-1), chosen)
-        return certainty
+        confidence = torch.full(candidates.shape, -torch.inf, device=logits.device)
+        confidence[candidates] = confidence_of(kind, logits.log_softmax(-1), chosen)
+        return confidence
 
     def _process(
         self,

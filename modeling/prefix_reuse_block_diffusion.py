@@ -1,150 +1,15 @@
-"""What the network has read: the finished blocks of each row, and the cache that holds their keys and values."""
+"""
+Which tokens the columns of a cache hold, and which blocks of new prompts are among them.
 
-from typing import Any
+A cache that `generate` returns can be given to it again: the blocks that a new prompt begins with are not computed
+again, in each row as many as agree token for token.
+"""
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticLayer
 
-
-class CommitCache(Cache):
-    """
-    A view of a cache whose `update` writes only the first `num_commit` incoming positions and returns all of them.
-
-    With 0 a denoising pass reads the cache and leaves it as is. With n, the pass over [n clean tokens ; noisy block]
-    commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
-
-    Args:
-        cache: a dynamic, static or dynamic sliding cache; others of Transformers' are called the same way. Static
-            sliding layers are refused.
-        num_commit: positions to write at each forward.
-    """
-
-    def __init__(self, cache: Cache, num_commit: int):
-        self.__dict__.update(vars(cache))
-        self.cache = cache
-        self.num_commit = num_commit
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.cache.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.cache.get_mask_sizes(query_length, layer_idx)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        As `Cache.update`, but that all positions behind the first `num_commit` are returned without being kept.
-
-        Args:
-            key_states, value_states: of the incoming positions [batch, heads, length, head_dim].
-            layer_idx: number of the layer.
-            args, kwargs: as the cache takes them.
-
-        Returns:
-            keys and values of the cached and the incoming positions [batch, heads, cached + length, head_dim].
-
-        Raises:
-            ValueError: a layer of the cache is static and sliding.
-        """
-        num_transient = key_states.shape[-2] - self.num_commit
-        if num_transient <= 0:
-            return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
-        is_empty = layer is None or not layer.is_initialized
-        if self.num_commit == 0 and is_empty and not isinstance(layer, StaticLayer):
-            return key_states, value_states
-        if isinstance(layer, StaticSlidingWindowLayer):
-            raise ValueError(
-                "`past_key_values` must not have static sliding layers; take `StaticCache` or `DynamicCache`."
-            )
-        if isinstance(layer, StaticLayer):
-            # The transient positions lie behind the committed ones, and the next write goes over them.
-            states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-            layer.cumulative_length.sub_(num_transient)
-            return states
-        if isinstance(layer, WindowLayer) and not self.cache.offloading:
-            return layer.read(key_states, value_states, self.num_commit)
-        is_read_as_it_is = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        if self.num_commit == 0 and is_read_as_it_is and not self.cache.offloading:
-            cached_keys, cached_values = layer.keys, layer.values
-        else:
-            cached_keys, cached_values = self.cache.update(
-                key_states[:, :, : self.num_commit], value_states[:, :, : self.num_commit], layer_idx, *args, **kwargs
-            )
-        return (
-            torch.cat([cached_keys, key_states[:, :, self.num_commit :]], dim=-2),
-            torch.cat([cached_values, value_states[:, :, self.num_commit :]], dim=-2),
-        )
-
-
-class WindowLayer(DynamicSlidingWindowLayer):
-    """
-    A sliding layer that is written in place, and whose window may be widened while it is in use.
-
-    Keys and values lie in buffers with room behind them, where positions are added, and where the transient ones of a
-    denoising pass stand for its duration. Once the room is used up, the window moves to new buffers.
-    """
-
-    def __init__(self, window: int):
-        # Transformers counts the token that is being predicted as part of the window.
-        super().__init__(sliding_window=window + 1)
-        self._buffers: set[int] = set()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        num_held = self.keys.shape[-2] if self.cumulative_length else 0
-        return num_held + query_length, self.cumulative_length - num_held
-
-    def reset(self) -> None:
-        self.is_initialized = False
-        self.cumulative_length = 0
-
-    def widen(self, window: int) -> None:
-        """Keeps at least so many positions from now on."""
-        self.sliding_window = max(self.sliding_window, window + 1)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.read(key_states, value_states, key_states.shape[-2])
-
-    def read(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, num_commit: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Everything held, then all positions given [batch, heads, length, head_dim], of which the first are kept."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
-        num_kept = self.keys.shape[-2] + num_commit
-        kept = slice(max(0, num_kept - self.sliding_window + 1), num_kept)
-        full = self._extended(self.keys, key_states), self._extended(self.values, value_states)
-        self._buffers = {states.untyped_storage().data_ptr() for states in full}
-        self.keys, self.values = (states[:, :, kept] for states in full)
-        self.cumulative_length += num_commit
-        return full
-
-    def _extended(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """`held` and `states` one behind the other, in the buffer of `held` where that has room."""
-        if torch.is_grad_enabled():
-            # What is kept for a gradient must not be written over.
-            return torch.cat([held, states], dim=-2)
-        num_held, head_dim = held.shape[-2:]
-        length = num_held + states.shape[-2]
-        is_writable = (
-            held.untyped_storage().data_ptr() in self._buffers
-            and held.dtype == states.dtype
-            and (torch.is_inference_mode_enabled() or not held.is_inference())
-        )
-        if is_writable and held.storage_offset() // head_dim + length <= held.stride(1) // head_dim:
-            extended = held.as_strided((*held.shape[:2], length, head_dim), held.stride())
-        else:
-            shape = (*states.shape[:2], length + max(num_held // 4, 64), head_dim)
-            buffer = states.new_empty(shape, dtype=torch.promote_types(held.dtype, states.dtype))
-            extended = buffer[:, :, :length]
-            extended[:, :, :num_held] = held
-        extended[:, :, num_held:] = states
-        return extended
+from .cache_block_diffusion import WindowLayer
 
 
 class CleanText:
@@ -154,7 +19,7 @@ class CleanText:
 
     Rows of a batch have their blocks in common columns, so a shorter row has empty columns before its own. A cache
     that `generate` returns keeps its text, so that the next call finds which blocks of its prompts are cached: as many
-    as agree token for token, in each row. Columns behind them are empty for that row from then on.
+    as agree token for token, in each row. Columns after them are empty for that row from then on.
 
     Attributes:
         ids: [batch, columns].
@@ -186,7 +51,7 @@ class CleanText:
         """What is cached of this text and the first blocks of new prompts; arguments as for `of_prompts`."""
         num_rows, width = prefix.shape
         ids, positions = self.ids[:, : self.num_cached], self.positions[:, : self.num_cached]
-        # The cached id at each position; what lies behind the prompts goes to a column of its own.
+        # The cached id at each position; what comes after the prompts goes to a column of its own.
         cached = prefix.new_full((num_rows, width + 1), -1)
         cached.scatter_(1, torch.where((positions >= 0) & (positions < width), positions, width), ids)
         within = torch.arange(width, device=prefix.device) < length[:, None]
@@ -298,14 +163,14 @@ def match_cache(
     for size in sizes:
         if size != num_rows:
             raise ValueError(
-                f"`past_key_values` must be of the batch size of the rows to generate, {num_rows}, but got {size}."
+                f"`cache` must be of the batch size of the rows to generate, {num_rows}, but got {size}."
             )
     if not num_cached:
         text = CleanText.of_prompts(prefix, length)
     else:
         if cached is not None and num_cached > cached.num_cached:
             raise ValueError(
-                f"`past_key_values` that `generate` returned must hold what it held then, {cached.num_cached} "
+                f"`cache` that `generate` returned must hold what it held then, {cached.num_cached} "
                 f"positions, or less, but got {num_cached}: nobody knows which tokens the others are."
             )
         if cached is not None:
@@ -315,7 +180,7 @@ def match_cache(
             # Filled by the user: the cached tokens can only be the prompts' first.
             if num_cached % block_size or num_cached > int(length.min()) or bool((length != length[0]).any()):
                 raise ValueError(
-                    "`past_key_values` that no `generate` returned must hold whole blocks of the prompts in "
+                    "`cache` that no `generate` returned must hold whole blocks of the prompts in "
                     "`input_ids`, whose rows must be equally long, but got "
                     f"{num_cached} positions for {length.tolist()} tokens in whole blocks, with `block_size` "
                     f"{block_size}."
@@ -327,8 +192,8 @@ def match_cache(
         _, first_held = cache.get_mask_sizes(1, 0)
         if shared.first_visible_column(window) < first_held:
             raise ValueError(
-                "`past_key_values` has dropped positions that the next block still sees, since a row of the batch "
-                "went on far behind the text of another; generate without it, or with a `DynamicCache()` from the "
+                "`cache` has dropped positions that the next block still sees, since a row of the batch "
+                "went on far beyond the text of another; generate without it, or with a `DynamicCache()` from the "
                 "start."
             )
         # While rows go on, one may be complete a block before another.
@@ -340,7 +205,7 @@ def match_cache(
     for layer in cache.layers:
         if isinstance(layer, StaticLayer) and layer.max_cache_len < num_columns:
             raise ValueError(
-                f"`past_key_values` must have room for {num_columns} positions, whole blocks of prompt and new "
+                f"`cache` must have room for {num_columns} positions, whole blocks of prompt and new "
                 f"tokens, but got a static cache of {layer.max_cache_len}."
             )
     return text

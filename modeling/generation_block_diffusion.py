@@ -1,6 +1,7 @@
 """Block-wise generation: `generate` of Transformers, with a denoising loop in place of one token after the other."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +10,25 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.generation import (
     MaxLengthCriteria,
     StoppingCriteriaList,
-    TopPLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.utils import ModelOutput
 
-from .cache_bd3lm import sliding_cache
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
-from .denoising_bd3lm import Canvas, DenoisingRun, GeneratedRows
-from .guidance_bd3lm import Guidance
-from .packed_bd3lm import packed_weights
-from .prediction_bd3lm import CERTAINTIES, SelectingTopPLogitsWarper
-from .samplers_bd3lm import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
+from .denoising_block_diffusion import Denoiser
+from .guidance_block_diffusion import Guidance
+from .network_block_diffusion import CacheOutput
+from .prediction_block_diffusion import CONFIDENCES
+from .prefix_reuse_block_diffusion import sliding_cache
+from .progress_block_diffusion import Canvas, RowProgress
+from .samplers_block_diffusion import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
+
+
+# What Transformers calls the cache among the arguments of a model; `generate` takes both names.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else (
+    "past_key_values"
+)
 
 
 class BD3LMGenerationConfig(GenerationConfig):
@@ -33,14 +40,14 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     Args:
         sampler: "first_hitting" (default), "ancestral", "confidence", "entropy_bound", another name in `SAMPLERS`, or
-            a `Sampler`; see `samplers_bd3lm.py`.
+            a `Sampler`; see `samplers_block_diffusion.py`.
         denoising_steps: steps per block of the samplers "ancestral" and "confidence"; by default as many as a block
             has tokens.
         noise_schedule: of the sampler "ancestral"; by default the model's.
         remask_cap: of the sampler "ancestral": the largest probability, in [0, 1], that a revealed token is masked
             again at a step (ReMDM); 0 by default.
-        confidence_threshold: of the sampler "confidence": reveal every token above this certainty, in (0, 1].
-        certainty: of the sampler "confidence": "probability" (default), "margin" or "negative_entropy".
+        confidence_threshold: of the sampler "confidence": reveal every token above this confidence, in (0, 1].
+        confidence: of the sampler "confidence": "probability" (default), "margin" or "negative_entropy".
         entropy_bound: of the sampler "entropy_bound": the most that the entropies of tokens which are revealed
             together may sum up to, less the largest of them, in nats; 0 by default.
         seed: row i of the batch, `num_return_sequences` included, draws from a generator of its own with this seed +
@@ -66,7 +73,7 @@ class BD3LMGenerationConfig(GenerationConfig):
         self.noise_schedule: str | None = kwargs.pop("noise_schedule", None)
         self.remask_cap: float | None = kwargs.pop("remask_cap", None)
         self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
-        self.certainty: str | None = kwargs.pop("certainty", None)
+        self.confidence: str | None = kwargs.pop("confidence", None)
         self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
         self.seed: int | list[int] | None = kwargs.pop("seed", None)
         self.infill: bool | None = kwargs.pop("infill", None)
@@ -114,7 +121,13 @@ class BD3LMGenerationConfig(GenerationConfig):
         if self.top_k == 0:
             # Off, and so no sampling argument that `do_sample=False` would contradict.
             user_set_attributes = set(user_set_attributes or vars(self)) - {"top_k"}
-        super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        # Sampling is what happens unless it is turned off.
+        samples_by_default = self.do_sample is None
+        self.do_sample = True if samples_by_default else self.do_sample
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            self.do_sample = None if samples_by_default else self.do_sample
 
         def require(holds: bool, field: str, rule: str) -> None:
             value = getattr(self, field)
@@ -140,7 +153,7 @@ class BD3LMGenerationConfig(GenerationConfig):
         require(isinstance(cap, (int, float)) and 0 <= cap <= 1, "remask_cap", "a number in [0, 1]")
         threshold = self.confidence_threshold
         require(threshold is None or 0 < threshold <= 1, "confidence_threshold", "in (0, 1]")
-        require(self.certainty in CERTAINTIES, "certainty", f"one of {', '.join(CERTAINTIES)}")
+        require(self.confidence in CONFIDENCES, "confidence", f"one of {', '.join(CONFIDENCES)}")
         require(self.entropy_bound is None or self.entropy_bound >= 0, "entropy_bound", "a number of nats >= 0")
         seeds = self.seed if isinstance(self.seed, list) else [self.seed]
         require(all(is_integer(seed) and 0 <= seed for seed in seeds), "seed", "an integer >= 0, or a list of them")
@@ -154,9 +167,9 @@ class BD3LMGenerationConfig(GenerationConfig):
                 "`denoising_steps` and `confidence_threshold` are two rules of the 'confidence' sampler of which one "
                 f"must be chosen, but got {self.denoising_steps} and {threshold}."
             )
-        if threshold is not None and self.certainty == "negative_entropy":
+        if threshold is not None and self.confidence == "negative_entropy":
             raise ValueError(
-                f"`confidence_threshold` is a probability or a margin, but got {threshold} with `certainty` "
+                f"`confidence_threshold` is a probability or a margin, but got {threshold} with `confidence` "
                 "'negative_entropy'."
             )
 
@@ -176,6 +189,11 @@ class BD3LMGenerationConfig(GenerationConfig):
                 f"`sampler` must be a name in SAMPLERS to be saved, but got a {type(self.sampler).__name__}; add its "
                 "class to SAMPLERS and give the name."
             )
+        if self.do_sample is None:
+            # Who reads the file without this class would take its sampling arguments for a mistake.
+            saved = copy.deepcopy(self)
+            saved.do_sample = True
+            return saved.save_pretrained(*args, **kwargs)
         super().save_pretrained(*args, **kwargs)
 
     def make_sampler(self, block_size: int, noise_schedule: str) -> Sampler:
@@ -210,11 +228,14 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     def row_seeds(self, batch_size: int) -> list[int] | None:
         """
-        The seed of each of the `batch_size` rows, `num_return_sequences` included; None without `seed`.
+        The seed of each of the `batch_size` rows, `num_return_sequences` included; None where they share a generator.
 
         Raises:
             ValueError: `seed` is a list of another length than the batch.
         """
+        if self.seed is None and not self.do_sample:
+            # Which token is revealed when may be drawn as well.
+            return [0] * batch_size
         if self.seed is None or isinstance(self.seed, list) and len(self.seed) == batch_size:
             return self.seed
         if isinstance(self.seed, list):
@@ -225,7 +246,7 @@ class BD3LMGenerationConfig(GenerationConfig):
 
 
 @dataclass
-class BD3LMGenerateOutput(ModelOutput):
+class BD3LMGenerateOutput(CacheOutput):
     """
     Output of `generate(..., return_dict_in_generate=True)`.
 
@@ -240,7 +261,7 @@ class BD3LMGenerateOutput(ModelOutput):
             and padding, of the shape of `sequences`.
         token_probabilities: with `output_reveal`, the model's probability of each token when it was revealed, before
             the processors; NaN for given tokens and padding, of the shape of `sequences`.
-        past_key_values: the cache, which holds every block but the last. Given to `generate` again it spares
+        cache: holds every block but the last; also readable as `past_key_values`. Given to `generate` again it spares
             computing the blocks that the new prompts begin with, of any lengths in the rows of the batch.
     """
 
@@ -251,7 +272,7 @@ class BD3LMGenerateOutput(ModelOutput):
     tokens_per_forward: torch.Tensor | None = None
     reveal_steps: torch.LongTensor | None = None
     token_probabilities: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
 
 
 class BlockDiffusionGenerationMixin(GenerationMixin):
@@ -274,6 +295,10 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
         if generation_config is not None:
             generation_config = BD3LMGenerationConfig.from_generation_config(generation_config)
+        given = {name: kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None}
+        if len(given) > 1:
+            raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
+        kwargs.update({CACHE_NAME: cache for cache in given.values()})
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         return BD3LMGenerationConfig.from_generation_config(generation_config), model_kwargs
 
@@ -300,7 +325,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)
-        known = {"input_ids", "inputs_embeds", "attention_mask", "past_key_values", "use_cache"}
+        known = {"input_ids", "inputs_embeds", "attention_mask", "use_cache", *CACHE_NAMES}
         # What the generation config asks for is checked with it.
         known |= {"output_hidden_states", "output_attentions"}
         if surplus := sorted(name for name, value in model_kwargs.items() if value is not None and name not in known):
@@ -318,9 +343,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        # Rows are aligned at block borders, and a block under denoising lies behind the committed ones.
+        # Rows are aligned at block borders, and a block under denoising comes after the committed ones.
         max_cache_length += 1 + 2 * self.config.block_size
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -328,9 +353,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if batch_size > 1 and window > 0:
             # Rows are complete a block apart; the next call may go on with all of them.
             window += self.config.block_size
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if type(cache) is DynamicCache and not cache.offloading and not is_given and window > 0:
-            model_kwargs["past_key_values"] = sliding_cache(self.config.num_hidden_layers, window)
+            model_kwargs[CACHE_NAME] = sliding_cache(self.config.num_hidden_layers, window)
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, *args: Any, **kwargs: Any):
         fills_only = generation_config.infill and generation_config.max_new_tokens is None and has_default_max_length
@@ -357,9 +382,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         # Transformers' own runs the model on a next token, which this one does not predict.
         is_guided = any(type(part) is UnbatchedClassifierFreeGuidanceLogitsProcessor for part in processors)
         processors = LogitsProcessorList(
-            SelectingTopPLogitsWarper.of(part) if type(part) is TopPLogitsWarper else part
-            for part in processors
-            if type(part) is not UnbatchedClassifierFreeGuidanceLogitsProcessor
+            part for part in processors if type(part) is not UnbatchedClassifierFreeGuidanceLogitsProcessor
         )
         if is_guided:
             self._check_guidance(generation_config, negative_prompt_ids, negative_prompt_attention_mask)
@@ -466,41 +489,38 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if guidance is not None:
             logits_processor = LogitsProcessorList(part for part in logits_processor if part is not guidance)
             guidance = guidance.of_batch(input_ids, generation_config.num_return_sequences or 1)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if guidance is not None and generation_config.cache_implementation == "static":
             # Transformers has made it for the prompt alone.
             num_behind = max(0, guidance.negative_ids.shape[1] - input_ids.shape[1])
             max_cache_len = generation_config.max_length + num_behind + 2 * self.config.block_size
             cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
-        run = DenoisingRun(self, canvas, generation_config, logits_processor, cache, guidance)
-        rows = GeneratedRows(canvas, generation_config, stopping_criteria, streamer)
-        num_rows = canvas.tokens.shape[0] * canvas.block_size
-        with packed_weights(self, run.modulations, num_rows, canvas.num_stages * canvas.block_size):
-            for stage in range(canvas.num_stages):
-                # 2. Denoise one block of every row, 3. see where rows end.
-                run.denoise_block(stage, rows)
-                rows.finish_block(stage)
-                run.append_block(stage)
-                if not rows.unfinished.any():
-                    break
+        denoiser = Denoiser(self, canvas, generation_config, logits_processor, cache, guidance)
+        progress = RowProgress(canvas, generation_config, stopping_criteria, streamer)
+        for stage in range(canvas.num_stages):
+            # 2. Denoise one block of every row, 3. see where rows end.
+            denoiser.denoise_block(stage, progress)
+            progress.finish_block(stage)
+            denoiser.append_block(stage)
+            if not progress.unfinished.any():
+                break
         # 4. Cut the rows where they ended.
-        sequences = rows.finish()
+        sequences = progress.finish()
 
         if not generation_config.return_dict_in_generate:
             return sequences
-        num_generated = sequences.shape[1] - canvas.prompt_width
-        reveal = (run.reveal_steps, run.token_probabilities)
+        record, num_generated = denoiser.record, sequences.shape[1] - canvas.prompt_width
         reveal_steps, token_probabilities = (
-            None if record is None else rows.without_padding(record, empty)[:, : sequences.shape[1]]
-            for record, empty in zip(reveal, (0, torch.nan), strict=True)
+            None if values is None else progress.without_padding(values, empty)[:, : sequences.shape[1]]
+            for values, empty in ((record.reveal_steps, 0), (record.token_probabilities, torch.nan))
         )
         return BD3LMGenerateOutput(
             sequences=sequences,
-            scores=None if run.scores is None else run.scores[:num_generated].unbind(0),
-            logits=None if run.logits is None else run.logits[:num_generated].unbind(0),
-            num_forward_passes=run.num_forward_passes,
-            tokens_per_forward=rows.num_generated / run.num_forward_passes.clamp(min=1),
+            scores=None if record.scores is None else record.scores[:num_generated].unbind(0),
+            logits=None if record.logits is None else record.logits[:num_generated].unbind(0),
+            num_forward_passes=record.num_forward_passes,
+            tokens_per_forward=progress.num_generated / record.num_forward_passes.clamp(min=1),
             reveal_steps=reveal_steps,
             token_probabilities=token_probabilities,
-            past_key_values=run.cache,
+            cache=cache,
         )

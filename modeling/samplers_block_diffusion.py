@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from .diffusion_bd3lm import NOISE_SCHEDULES
+from .diffusion_block_diffusion import NOISE_SCHEDULES
 
 
 class BlockNoise:
@@ -12,7 +12,7 @@ class BlockNoise:
     The random numbers of one block.
 
     With seeds each row has a generator of its own: its numbers depend on its seed and the number of the block, so
-    that they are the same whatever rows stand beside it, and in a text that is continued.
+    that they are the same whatever rows share the batch, and in a text that is continued.
 
     Args:
         seeds: one for each row [batch]; None takes all numbers from torch's global generator.
@@ -56,9 +56,9 @@ class Sampler:
     Masks are bool [batch, block_size].
     """
 
-    # What `reveal` is told of the predictions: "probability", "margin", "negative_entropy" (`prediction_bd3lm.py`), or
+    # What `reveal` is told of the predictions: "probability", "margin", "negative_entropy" (`prediction_block_diffusion.py`), or
     # nothing, which spares a softmax over the vocabulary.
-    certainty: str | None = None
+    confidence: str | None = None
     # Whether a step may have no candidates.
     may_pause = False
     # Whether `remask` may ever mask something.
@@ -86,13 +86,13 @@ class Sampler:
         """p of each row's block [batch]: by default the fraction of it that is `masked`, bool [batch, block_size]."""
         return masked.float().mean(-1)
 
-    def reveal(self, candidates: torch.Tensor, certainty: torch.Tensor | None) -> torch.Tensor:
+    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
         """
         The candidates to reveal, bool [batch, block_size]; at least one in each row that has any.
 
         Args:
             candidates: what `candidates` returned.
-            certainty: how sure the model is at each candidate [batch, block_size], -inf elsewhere.
+            confidence: how sure the model is at each candidate [batch, block_size], -inf elsewhere.
         """
         return candidates
 
@@ -191,24 +191,24 @@ class ConfidenceSampler(Sampler):
 
     Args:
         denoising_steps: with n tokens masked and k steps left, the ceil(n / k) surest ones are revealed.
-        confidence_threshold: instead of that, all tokens above this certainty, and at least the surest one.
-        certainty: "probability", "margin" or "negative_entropy".
+        confidence_threshold: instead of that, all tokens above this confidence, and at least the surest one.
+        confidence: "probability", "margin" or "negative_entropy".
     """
 
     def __init__(
         self,
         denoising_steps: int | None = None,
         confidence_threshold: float | None = None,
-        certainty: str = "probability",
+        confidence: str = "probability",
     ):
         self.steps_left = denoising_steps
         self.confidence_threshold = confidence_threshold
-        self.certainty = certainty
+        self.confidence = confidence
 
-    def reveal(self, candidates: torch.Tensor, certainty: torch.Tensor) -> torch.Tensor:
-        rank = certainty.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         if self.confidence_threshold is not None:
-            revealed = (certainty > self.confidence_threshold) | (rank == 0)
+            revealed = (confidence > self.confidence_threshold) | (rank == 0)
         else:
             num_masked = candidates.sum(-1, keepdim=True)
             # More steps than tokens reveal one at a time.
@@ -226,13 +226,13 @@ class EntropyBoundSampler(Sampler):
         entropy_bound: in nats, >= 0; 0 reveals the most certain token alone.
     """
 
-    certainty = "negative_entropy"
+    confidence = "negative_entropy"
 
     def __init__(self, entropy_bound: float):
         self.entropy_bound = entropy_bound
 
-    def reveal(self, candidates: torch.Tensor, certainty: torch.Tensor) -> torch.Tensor:
-        entropy, order = (-certainty).sort(dim=-1, stable=True)
+    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+        entropy, order = (-confidence).sort(dim=-1, stable=True)
         # In ascending order the sum less the largest is the sum of those before; what is no candidate stands last.
         before = torch.nn.functional.pad(entropy.cumsum(-1)[:, :-1], (1, 0))
         return torch.zeros_like(candidates).scatter(-1, order, before <= self.entropy_bound) & candidates
@@ -248,6 +248,6 @@ SAMPLERS: dict[str, type[Sampler]] = {
 # The arguments of each sampler that `generate` takes under the same names.
 SAMPLER_ARGUMENTS = {
     "ancestral": ("denoising_steps", "noise_schedule", "remask_cap"),
-    "confidence": ("denoising_steps", "confidence_threshold", "certainty"),
+    "confidence": ("denoising_steps", "confidence_threshold", "confidence"),
     "entropy_bound": ("entropy_bound",),
 }

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import Pipeline
 
-from .configuration_bd3lm import BD3LMConfig
-from .generation_bd3lm import BD3LMGenerationConfig
+from .generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
 
 
 TEXT_INFILLING = "text-infilling"
@@ -66,13 +65,15 @@ class TextInfillingPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.model.config
-        if config.model_type != BD3LMConfig.model_type:
-            raise ValueError(f"`model` must be a BD3LMForMaskedLM, but got a {type(self.model).__name__}.")
+        if not isinstance(self.model, BlockDiffusionGenerationMixin):
+            raise ValueError(
+                f"`model` must be a block diffusion language model, but got a {type(self.model).__name__}."
+            )
         mask_token_id = None if self.tokenizer is None else self.tokenizer.mask_token_id
         if mask_token_id != config.mask_token_id:
             raise ValueError(
                 f"`tokenizer` must have the model's mask token, of id {config.mask_token_id}, but that of its own is "
-                f"{mask_token_id}; `tokenizer.add_special_tokens({{'mask_token': '[MASK]'}})` adds one behind the "
+                f"{mask_token_id}; `tokenizer.add_special_tokens({{'mask_token': '[MASK]'}})` adds one after the "
                 "others."
             )
         # As `generate` has it.
@@ -182,7 +183,7 @@ class TextInfillingPipeline(Pipeline):
             generate_kwargs = {**self.generate_defaults, **generate_kwargs}
         if refused := sorted(name for name in FIXED_ARGUMENTS if generate_kwargs.get(name) is not None):
             raise ValueError(
-                f"`{refused[0]}` must not be given: gaps are filled and nothing is written behind the text; "
+                f"`{refused[0]}` must not be given: gaps are filled and nothing is written after the text; "
                 "'text-generation' continues texts."
             )
         config = generate_kwargs.pop("generation_config", None)
