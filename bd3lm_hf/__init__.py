@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from .evaluation import NELBO_METRIC, Likelihood, evaluate_likelihood, load_for_evaluation, unigram_perplexity
     from .finetuning import pack_examples, prepare_finetuning
     from .hub import push_to_hub
-    from .modeling.cache_bd3lm import CommitCache
+    from .modeling.cache_block_diffusion import CommitCache
     from .modeling.configuration_bd3lm import BD3LMConfig
-    from .modeling.denoising_bd3lm import EntropyStoppingCriteria
-    from .modeling.diffusion_bd3lm import (
+    from .modeling.progress_block_diffusion import EntropyStoppingCriteria
+    from .modeling.diffusion_block_diffusion import (
         FULL_NOISE_INTERVAL,
         NOISE_SCHEDULES,
         NoiseSchedule,
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
         sample_timesteps,
         subs_log_probs,
     )
-    from .modeling.generation_bd3lm import BD3LMGenerateOutput, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
-    from .modeling.infilling_bd3lm import TextInfillingPipeline
-    from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMOutput, BD3LMPreTrainedModel
-    from .modeling.samplers_bd3lm import (
+    from .modeling.generation_block_diffusion import BD3LMGenerateOutput, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+    from .modeling.infilling_block_diffusion import TextInfillingPipeline
+    from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMPreTrainedModel
+    from .modeling.samplers_block_diffusion import (
         SAMPLERS,
         AncestralSampler,
         ConfidenceSampler,
@@ -57,7 +57,7 @@ __all__ = [
     "BD3LMGenerateOutput",
     "BD3LMGenerationConfig",
     "BD3LMModel",
-    "BD3LMOutput",
+    "BlockDiffusionOutput",
     "BD3LMPreTrainedModel",
     "BD3LMTrainer",
     "BD3LMTrainingArguments",
@@ -116,42 +116,42 @@ __all__ = [
 
 # Imported when they are asked for: to import a model takes longer than to import torch and Transformers.
 _MODULES = {
-    "AncestralSampler": "modeling.samplers_bd3lm",
+    "AncestralSampler": "modeling.samplers_block_diffusion",
     "BD3LMConfig": "modeling.configuration_bd3lm",
     "BD3LMDataCollator": "collators",
     "BD3LMForMaskedLM": "modeling.modeling_bd3lm",
-    "BD3LMGenerateOutput": "modeling.generation_bd3lm",
-    "BD3LMGenerationConfig": "modeling.generation_bd3lm",
+    "BD3LMGenerateOutput": "modeling.generation_block_diffusion",
+    "BD3LMGenerationConfig": "modeling.generation_block_diffusion",
     "BD3LMModel": "modeling.modeling_bd3lm",
-    "BD3LMOutput": "modeling.modeling_bd3lm",
+    "BlockDiffusionOutput": "modeling.network_block_diffusion",
     "BD3LMPreTrainedModel": "modeling.modeling_bd3lm",
     "BD3LMTrainer": "trainer",
     "BD3LMTrainingArguments": "training_args",
-    "BlockDiffusionGenerationMixin": "modeling.generation_bd3lm",
+    "BlockDiffusionGenerationMixin": "modeling.generation_block_diffusion",
     "CORPORA": "corpora",
-    "CommitCache": "modeling.cache_bd3lm",
-    "ConfidenceSampler": "modeling.samplers_bd3lm",
+    "CommitCache": "modeling.cache_block_diffusion",
+    "ConfidenceSampler": "modeling.samplers_block_diffusion",
     "Corpus": "corpora",
-    "EntropyBoundSampler": "modeling.samplers_bd3lm",
-    "EntropyStoppingCriteria": "modeling.denoising_bd3lm",
+    "EntropyBoundSampler": "modeling.samplers_block_diffusion",
+    "EntropyStoppingCriteria": "modeling.progress_block_diffusion",
     "Estimate": "variance",
-    "FULL_NOISE_INTERVAL": "modeling.diffusion_bd3lm",
-    "FirstHittingSampler": "modeling.samplers_bd3lm",
+    "FULL_NOISE_INTERVAL": "modeling.diffusion_block_diffusion",
+    "FirstHittingSampler": "modeling.samplers_block_diffusion",
     "GenerativePerplexity": "quality",
     "Likelihood": "evaluation",
     "NELBO_METRIC": "evaluation",
-    "NOISE_SCHEDULES": "modeling.diffusion_bd3lm",
+    "NOISE_SCHEDULES": "modeling.diffusion_block_diffusion",
     "NoiseSampler": "noise",
-    "NoiseSchedule": "modeling.diffusion_bd3lm",
-    "SAMPLERS": "modeling.samplers_bd3lm",
+    "NoiseSchedule": "modeling.diffusion_block_diffusion",
+    "SAMPLERS": "modeling.samplers_block_diffusion",
     "SampleStatistics": "quality",
-    "Sampler": "modeling.samplers_bd3lm",
-    "TextInfillingPipeline": "modeling.infilling_bd3lm",
+    "Sampler": "modeling.samplers_block_diffusion",
+    "TextInfillingPipeline": "modeling.infilling_block_diffusion",
     "convert_checkpoint": "conversion",
     "detokenize": "corpora",
     "encode_documents": "windows",
     "evaluate_likelihood": "evaluation",
-    "forward_process": "modeling.diffusion_bd3lm",
+    "forward_process": "modeling.diffusion_block_diffusion",
     "from_published_state_dict": "conversion",
     "generative_perplexity": "quality",
     "gradient_variance": "variance",
@@ -171,9 +171,9 @@ _MODULES = {
     "prepare_finetuning": "finetuning",
     "push_to_hub": "hub",
     "sample_statistics": "quality",
-    "sample_timesteps": "modeling.diffusion_bd3lm",
+    "sample_timesteps": "modeling.diffusion_block_diffusion",
     "split_documents": "data",
-    "subs_log_probs": "modeling.diffusion_bd3lm",
+    "subs_log_probs": "modeling.diffusion_block_diffusion",
     "to_published_state_dict": "conversion",
     "token_byte_counts": "tokenization",
     "train_tokenizer": "tokenization",

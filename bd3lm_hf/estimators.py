@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .modeling.configuration_bd3lm import BD3LMConfig
-from .modeling.diffusion_bd3lm import FULL_NOISE_INTERVAL
-from .modeling.text_bd3lm import TextBlocks
+from .modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
+from .modeling.two_stream_block_diffusion import TextBlocks
 from .noise import Noise, NoiseSampler
 
 

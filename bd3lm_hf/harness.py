@@ -22,7 +22,7 @@ from .collators import BD3LMDataCollator
 from .estimators import ESTIMATOR_NAMES, BlockDiffusionScorer, DrawnNoise, ExactNoise
 from .evaluation import EXACT_BY_DEFAULT, _score_share, _sum_over_processes, load_for_evaluation
 from .modeling.configuration_bd3lm import BD3LMConfig
-from .modeling.generation_bd3lm import BD3LMGenerationConfig
+from .modeling.generation_block_diffusion import BD3LMGenerationConfig
 from .variance import evaluation_mode
 from .windows import choose_window, cut_windows, encode_documents, most_predicted_in_a_block
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from .modeling.configuration_bd3lm import BD3LMConfig
-from .modeling.diffusion_bd3lm import NOISE_SCHEDULES, sigma_from_mask_probability
-from .modeling.text_bd3lm import TextBlocks
+from .modeling.diffusion_block_diffusion import NOISE_SCHEDULES, sigma_from_mask_probability
+from .modeling.two_stream_block_diffusion import TextBlocks
 
 
 MASKING_NAMES = ("bernoulli", "exact_count")

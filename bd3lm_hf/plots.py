@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .modeling.attention_bd3lm import two_stream_sees, visibility_code
+from .modeling.attention_block_diffusion import two_stream_sees, visibility_code
 from .modeling.configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
-from .modeling.diffusion_bd3lm import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
-from .modeling.generation_bd3lm import BD3LMGenerateOutput
+from .modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
+from .modeling.generation_block_diffusion import BD3LMGenerateOutput
 
 
 if TYPE_CHECKING:

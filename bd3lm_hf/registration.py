@@ -46,7 +46,7 @@ def _register_pipeline() -> None:
     from transformers import AutoModelForMaskedLM
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .modeling.infilling_bd3lm import TEXT_INFILLING, TextInfillingPipeline
+    from .modeling.infilling_block_diffusion import TEXT_INFILLING, TextInfillingPipeline
 
     # Two threads may come here at once, and Transformers warns of a name that is registered again.
     if TEXT_INFILLING not in PIPELINE_REGISTRY.get_supported_tasks():

@@ -19,8 +19,8 @@ from .checkpoints import check_architecture, check_complete, last_complete_check
 from .checks import check_dataset, check_eval_dataset, check_fsdp_plugin
 from .collators import BD3LMDataCollator
 from .modeling.configuration_bd3lm import BD3LMConfig
-from .modeling.diffusion_bd3lm import FULL_NOISE_INTERVAL
-from .modeling.text_bd3lm import TextBlocks
+from .modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
+from .modeling.two_stream_block_diffusion import TextBlocks
 from .noise import Noise, NoiseSampler
 from .publishing import PublishingMixin
 from .tokenization import token_byte_counts

@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 
 from .collators import BD3LMDataCollator
 from .modeling.configuration_bd3lm import BD3LMConfig, validate_noise_interval
-from .modeling.diffusion_bd3lm import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
-from .modeling.text_bd3lm import TextBlocks
+from .modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
+from .modeling.two_stream_block_diffusion import TextBlocks
 from .noise import Noise, NoiseSampler, masked_count_law
 
 

@@ -28,7 +28,7 @@ from bd3lm_hf import (
     train_tokenizer,
 )
 from bd3lm_hf.data import draw_sequences, limit_bytes
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
 from bd3lm_hf.noise import NoiseSampler
 from bd3lm_hf.trainer import BD3LMTrainer
 from bd3lm_hf.training_args import BD3LMTrainingArguments

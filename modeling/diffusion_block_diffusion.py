@@ -154,6 +154,7 @@ def forward_process(
     mask_token_id: int,
     maskable: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Draws x_t ~ q(x_t | x_0): each token becomes the mask token independently with its probability.
@@ -164,11 +165,14 @@ def forward_process(
         mask_token_id: id of the mask token.
         maskable: bool [batch, length]; where False the token stays.
         generator: where the random numbers come from; by default torch's global generator.
+        uniform: the random numbers themselves, in [0, 1) [batch, length].
 
     Returns:
         x_t [batch, length].
     """
-    masked = torch.rand(x_0.shape, generator=generator, device=x_0.device) < mask_probability
+    if uniform is None:
+        uniform = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+    masked = uniform < mask_probability
     if maskable is not None:
         masked = masked & maskable
     return torch.where(masked, mask_token_id, x_0)

@@ -30,7 +30,9 @@ def token_nats(
     chunk_size = max(1, numel // getattr(head, "out_features", 2**16))
     # A wrapped head (an adapter, a quantized or an offloaded layer) has a forward of its own.
     is_plain = type(head) is nn.Linear and "forward" not in vars(head) and not hasattr(head, "_hf_hook")
-    if is_plain and hasattr(nn, "LinearCrossEntropyOptions"):
+    # In lower precision torch's own returns nats that are rounded to it.
+    is_float32 = hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type)
+    if is_plain and is_float32 and hasattr(nn, "LinearCrossEntropyOptions"):
         return fused_nats(hidden_states, targets, head, mask_token_id, chunk_size)
     return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size)
 
@@ -39,22 +41,17 @@ def fused_nats(
     hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Linear, mask_token_id: int, chunk_size: int
 ) -> torch.Tensor:
     """[`token_nats`] by torch's `linear_cross_entropy`; the mask token's bias at -inf makes its probability 0."""
-    device_type = hidden_states.device.type
-    dtype = hidden_states.dtype
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
     weight = head.weight
     bias = weight.new_zeros(weight.shape[0]) if head.bias is None else head.bias
     is_mask_token = torch.arange(weight.shape[0], device=weight.device) == mask_token_id
-    bias = bias.masked_fill(is_mask_token, -torch.inf)
     return nn.functional.linear_cross_entropy(
-        hidden_states.to(dtype),
-        weight.to(dtype),
+        hidden_states,
+        weight,
         targets,
-        linear_bias=bias.to(dtype),
+        linear_bias=bias.masked_fill(is_mask_token, -torch.inf),
         reduction="none",
         options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None),
-    ).float()
+    )
 
 
 def chunked_nats(

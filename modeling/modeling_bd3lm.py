@@ -23,6 +23,13 @@ from .network_block_diffusion import (
 )
 
 
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A projection that starts at zero: every branch closed, every token equally likely, as in the published code."""
+    linear = nn.Linear(in_features, out_features)
+    linear.starts_at_zero = True
+    return linear
+
+
 class BD3LMNoiseEmbedding(nn.Module):
     """Embeds the noise level sigma: 256 sinusoidal features (cosines, then sines), then an MLP with SiLU between."""
 
@@ -170,7 +177,7 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=False)
         self.mlp = BD3LMMLP(config)
         if config.adaln:
-            self.adaln_modulation = nn.Linear(config.cond_dim, 6 * config.hidden_size)
+            self.adaln_modulation = zero_linear(config.cond_dim, 6 * config.hidden_size)
 
     def forward(
         self,
@@ -237,15 +244,11 @@ class BD3LMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        # Every branch starts closed and every token equally likely, as in the published code.
-        zeroed = [getattr(module, "adaln_modulation", None)]
-        if not self.config.tie_word_embeddings:
-            # Tied to the embeddings, the projection starts as they do.
-            zeroed.append(getattr(module, "lm_head", None))
-        for projection in filter(None, zeroed):
-            init.zeros_(projection.weight)
-            init.zeros_(projection.bias)
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
@@ -305,7 +308,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         self.layers = nn.ModuleList([BD3LMDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=False)
         if config.adaln:
-            self.adaln_modulation = nn.Linear(config.cond_dim, 2 * config.hidden_size)
+            self.adaln_modulation = zero_linear(config.cond_dim, 2 * config.hidden_size)
         self.rotary_emb = BD3LMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -401,7 +404,9 @@ class BD3LMForMaskedLM(BlockDiffusionLMMixin, BD3LMPreTrainedModel, BlockDiffusi
     def __init__(self, config: BD3LMConfig):
         super().__init__(config)
         self.model = BD3LMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        # Tied to the embeddings, the projection starts as they do.
+        make_linear = nn.Linear if config.tie_word_embeddings else zero_linear
+        self.lm_head = make_linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
 

@@ -325,8 +325,6 @@ class BlockDiffusionLMMixin:
                 "`clean_input_ids` must be of the shape of `input_ids`, or of each of the noised copies in it, "
                 f"but got {list(x_0.shape)} for {list(x_t.shape)}."
             )
-        if timesteps is not None and timesteps.dim() == 1:
-            timesteps = timesteps[:, None].expand(x_t.shape)
         text = (self.config, blocks, x_t, x_0, timesteps, self.dtype)
         is_on_cpu = x_0.device.type == "cpu" and self.config._attn_implementation != "flex_attention"
         if masked is None or not is_on_cpu or torch.compiler.is_compiling():
@@ -347,20 +345,18 @@ class BlockDiffusionLMMixin:
         self, x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """One draw of t per block and of x_t: (x_t, sigma of each token or None, weight of each token in the loss)."""
-        config = self.config
+        config, schedule, uniform = self.config, NOISE_SCHEDULES[self.config.noise_schedule], None
         if self.training:
             interval = config.noise_interval if noise_interval is None else noise_interval
             t = sample_timesteps(*blocks.shape, interval, device=x_0.device).gather(1, blocks.block)
-            mask_probability = NOISE_SCHEDULES[config.noise_schedule].mask_probability(t)
-            x_t = forward_process(x_0, mask_probability, config.mask_token_id, maskable=blocks.predicted)
         else:
-            interval = FULL_NOISE_INTERVAL if noise_interval is None else noise_interval
-            t, uniform = noise_of_text(x_0, blocks, interval)
-            mask_probability = NOISE_SCHEDULES[config.noise_schedule].mask_probability(t)
-            masked = (uniform < mask_probability) & blocks.predicted
-            x_t = torch.where(masked, config.mask_token_id, x_0)
+            t, uniform = noise_of_text(x_0, blocks, FULL_NOISE_INTERVAL if noise_interval is None else noise_interval)
+        mask_probability = schedule.mask_probability(t)
+        x_t = forward_process(
+            x_0, mask_probability, config.mask_token_id, maskable=blocks.predicted, uniform=uniform
+        )
         timesteps = sigma_from_mask_probability(mask_probability) if config.time_conditioning else None
-        return x_t, timesteps, NOISE_SCHEDULES[config.noise_schedule].loss_weight(t)
+        return x_t, timesteps, schedule.loss_weight(t)
 
     def _denoising_loss(
         self,

@@ -175,7 +175,8 @@ class TwoStreams:
     Attributes:
         input_ids, position_ids: noisy tokens, then clean ones [batch, num_noisy + num_clean].
         attention_mask: as [`block_diffusion_mask`] makes it.
-        timesteps: noise level sigma of each token, 0 for clean ones [batch, num_noisy + num_clean]; or None.
+        timesteps: noise level sigma of each token, 0 for clean ones [batch, num_noisy + num_clean]; or of each row, for
+            all its tokens [batch]; or None.
         num_noisy: tokens of the noisy stream.
         noisy_columns: the columns of x_t that the noisy stream holds [batch, num_noisy]; None means all.
     """
@@ -205,7 +206,7 @@ class TwoStreams:
             blocks: those of `x_0`; `predicted` is not used.
             x_t: noised ids [batch, copies * length].
             x_0: clean ids [batch, length].
-            timesteps: sigma of each token of `x_t`, or None.
+            timesteps: sigma of each token of `x_t`, or of each row [batch], or None.
             dtype: that of the hidden states.
         """
         length, num_copies = x_0.shape[1], x_t.shape[1] // max(x_0.shape[1], 1)
@@ -261,14 +262,14 @@ class TwoStreams:
         mask = block_diffusion_mask(
             block_ids, block_ids, config.window_in_blocks, config._attn_implementation, dtype, streams, streams
         )
-        if timesteps is not None:
+        if timesteps is not None and timesteps.dim() == 2:
             timesteps = timesteps.gather(1, noisy_columns)
         noisy = x_t.gather(1, noisy_columns)
         return cls._joined(noisy, x_0[:, :num_clean], both(position_ids), mask, timesteps, noisy_columns)
 
     @classmethod
     def _joined(cls, noisy, clean, position_ids, mask, timesteps, noisy_columns=None) -> "TwoStreams":
-        if timesteps is not None:
+        if timesteps is not None and timesteps.dim() == 2:
             timesteps = torch.cat([timesteps, timesteps.new_zeros(clean.shape)], dim=1)
         input_ids = torch.cat([noisy, clean], dim=1)
         return cls(input_ids, position_ids, mask, timesteps, noisy.shape[1], noisy_columns)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from bd3lm_hf.modeling import attention_bd3lm
-from bd3lm_hf.modeling.attention_bd3lm import flex_block_mask
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
+from bd3lm_hf.modeling import attention_block_diffusion
+from bd3lm_hf.modeling.attention_block_diffusion import flex_block_mask
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
 from bd3lm_hf.noise import NoiseSampler
 
 
@@ -141,9 +141,9 @@ def test_the_block_mask_of_plain_texts_is_made_once_per_shape(monkeypatch):
         calls.append(args)
         return flex_block_mask(*args)
 
-    monkeypatch.setattr(attention_bd3lm, "flex_block_mask", counted)
+    monkeypatch.setattr(attention_block_diffusion, "flex_block_mask", counted)
     # Other tests may have met these shapes.
-    attention_bd3lm.plain_two_stream_block_mask.__wrapped__.cache_clear()
+    attention_block_diffusion.plain_two_stream_block_mask.__wrapped__.cache_clear()
     for length, expected in ((26, 2), (26, 2), (22, 4)):
         ids = torch.randint(22, (2, length), generator=torch.Generator().manual_seed(length))
         losses = []

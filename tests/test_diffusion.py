@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from bd3lm_hf.modeling.diffusion_bd3lm import (
+from bd3lm_hf.modeling.diffusion_block_diffusion import (
     NOISE_SCHEDULES,
     forward_process,
     sample_timesteps,

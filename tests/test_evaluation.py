@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Confi
 from bd3lm_hf import NOISE_SCHEDULES, BD3LMForMaskedLM
 from bd3lm_hf.estimators import DrawnNoise, subset_noise
 from bd3lm_hf.evaluation import evaluate_likelihood, unigram_perplexity
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
 
 
 ESTIMATORS = ("exact", "stratified", "monte_carlo")

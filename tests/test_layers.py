@@ -6,9 +6,9 @@ from conftest import random_model
 from torch import nn
 from torch.nn.functional import gelu, layer_norm
 
-from bd3lm_hf.modeling import layers_bd3lm, loss_bd3lm
+from bd3lm_hf.modeling import layers_bd3lm, loss_block_diffusion
 from bd3lm_hf.modeling.linear_bd3lm import GatedLinear, GatedMLP, NormedLinear
-from bd3lm_hf.modeling.loss_bd3lm import subs_loss
+from bd3lm_hf.modeling.loss_block_diffusion import subs_loss
 from benchmarks.dense import dense_loss
 
 
@@ -247,8 +247,8 @@ def test_a_layer_keeps_six_times_its_states():
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_the_loss_hands_its_gradients_out_once(factor, monkeypatch):
-    monkeypatch.setattr(loss_bd3lm, "CHUNK_NUMEL", 7 * 11)
-    monkeypatch.setattr(loss_bd3lm, "VOCABULARY_SLICE", 4)
+    monkeypatch.setattr(loss_block_diffusion, "CHUNK_NUMEL", 7 * 11)
+    monkeypatch.setattr(loss_block_diffusion, "VOCABULARY_SLICE", 4)
     projection = nn.Linear(8, 11)
     hidden, targets = torch.randn(20, 8, requires_grad=True), torch.randint(10, (20,))
     loss, _ = subs_loss(hidden, targets, torch.rand(20), projection, 10)

@@ -8,7 +8,7 @@ import reference
 import torch
 from conftest import tiny_config
 
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
 from bd3lm_hf.noise import NoiseSampler, binomial_probabilities, masked_count_law
 
 

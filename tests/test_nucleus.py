@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
-from bd3lm_hf.modeling.prediction_bd3lm import SelectingTopPLogitsWarper
+from bd3lm_hf.modeling.prediction_block_diffusion import SelectingTopPLogitsWarper
 
 
 VOCAB_SIZE = 10_000

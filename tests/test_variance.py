@@ -16,7 +16,7 @@ from bd3lm_hf import (
     nelbo_variance,
     noise_interval_grid,
 )
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
 from bd3lm_hf.variance import BlockLosses
 
 
