@@ -7,7 +7,7 @@ from conftest import random_model
 from bd3lm_hf.modeling import attention_bd3lm
 from bd3lm_hf.modeling.attention_bd3lm import flex_block_mask
 from bd3lm_hf.modeling.text_bd3lm import TextBlocks
-from bd3lm_hf.noise import NoiseSampler
+from bd3lm_hf.noise.sampler import NoiseSampler
 
 
 NUM_COPIES, LENGTH = 3, 18

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import bd3lm_hf
-from bd3lm_hf import harness
+from bd3lm_hf.evaluation import harness
 
 
 PACKAGE = Path(bd3lm_hf.__file__).parent

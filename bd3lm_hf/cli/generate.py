@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
     from tqdm.auto import tqdm
     from transformers import TextDiffusionStreamer, set_seed
 
-    from ..tokenization import encode_prompts
+    from ..data.tokenization import encode_prompts
 
     model, tokenizer = load_model(args)
     if args.seed is not None:
