@@ -11,7 +11,7 @@ LM_EVAL = ["lm-eval>=0.4.13"]
 # MkDocs 2 takes neither this theme nor these plugins. Ruff formats the signatures.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.14"]
 
-# The folders of the package, in the order in which they may import each other; `modeling` comes before them all.
+# The folders of `bd3lm_hf/`, in the order in which they may import each other.
 ROOMS = ("data", "noise", "evaluation", "hub", "training", "app", "cli")
 
 setup(
