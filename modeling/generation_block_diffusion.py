@@ -26,8 +26,10 @@ from .samplers_block_diffusion import SAMPLER_ARGUMENTS, SAMPLERS, Sampler
 
 # What Transformers calls the cache among the arguments of a model; `generate` takes both names.
 CACHE_NAMES = ("cache", "past_key_values")
-CACHE_NAME = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else (
-    "past_key_values"
+CACHE_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else ("past_key_values")
 )
 
 

@@ -158,9 +158,7 @@ def prepare_denoising(
         position_ids, query_blocks, key_blocks = denoising_positions_and_blocks(
             config, shape[1], device, attention_mask, position_ids, cache
         )
-    mask = block_diffusion_mask(
-        query_blocks, key_blocks, config.window_in_blocks, config._attn_implementation, dtype
-    )
+    mask = block_diffusion_mask(query_blocks, key_blocks, config.window_in_blocks, config._attn_implementation, dtype)
     return position_ids, mask
 
 
@@ -352,9 +350,7 @@ class BlockDiffusionLMMixin:
         else:
             t, uniform = noise_of_text(x_0, blocks, FULL_NOISE_INTERVAL if noise_interval is None else noise_interval)
         mask_probability = schedule.mask_probability(t)
-        x_t = forward_process(
-            x_0, mask_probability, config.mask_token_id, maskable=blocks.predicted, uniform=uniform
-        )
+        x_t = forward_process(x_0, mask_probability, config.mask_token_id, maskable=blocks.predicted, uniform=uniform)
         timesteps = sigma_from_mask_probability(mask_probability) if config.time_conditioning else None
         return x_t, timesteps, schedule.loss_weight(t)
 

@@ -162,9 +162,7 @@ def match_cache(
         sizes.append(cached.ids.shape[0])
     for size in sizes:
         if size != num_rows:
-            raise ValueError(
-                f"`cache` must be of the batch size of the rows to generate, {num_rows}, but got {size}."
-            )
+            raise ValueError(f"`cache` must be of the batch size of the rows to generate, {num_rows}, but got {size}.")
     if not num_cached:
         text = CleanText.of_prompts(prefix, length)
     else:

@@ -7,7 +7,8 @@ import torch
 from conftest import random_model, tiny_config
 from transformers import DynamicCache, StaticCache
 
-from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig, sample_timesteps
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig
+from bd3lm_hf.modeling.diffusion_block_diffusion import sample_timesteps
 
 
 @pytest.mark.parametrize(

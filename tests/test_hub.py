@@ -21,9 +21,9 @@ SOURCES = {
     "denoising_block_diffusion.py",
     "diffusion_block_diffusion.py",
     "generation_block_diffusion.py",
-    "layers_bd3lm.py",
-    "linear_bd3lm.py",
     "loss_block_diffusion.py",
+    "network_block_diffusion.py",
+    "two_stream_block_diffusion.py",
     "modeling_bd3lm.py",
     "samplers_block_diffusion.py",
 }

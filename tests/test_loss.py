@@ -52,7 +52,9 @@ def estimates(model, x_0, batch_size=250, seed=0, **kwargs):
     copies = x_0.expand(batch_size, -1)
     # In evaluation mode the same text meets the same noise.
     model.train()
-    batches = [model(input_ids=copies, labels=copies, **kwargs).token_nelbo.double().mean(0) for _ in range(NUM_BATCHES)]
+    batches = [
+        model(input_ids=copies, labels=copies, **kwargs).token_nelbo.double().mean(0) for _ in range(NUM_BATCHES)
+    ]
     return torch.stack(batches)
 
 
@@ -178,7 +180,9 @@ class TestWhichTokensCount:
         labels[:, :6] = -100
         other = x_0.clone()
         other[:, 5] = (other[:, 5] + 1) % (model.config.vocab_size - 1)
-        first, second = (model(input_ids=ids, labels=labels, noise_interval=(1.0, 1.0)).token_nelbo for ids in (x_0, other))
+        first, second = (
+            model(input_ids=ids, labels=labels, noise_interval=(1.0, 1.0)).token_nelbo for ids in (x_0, other)
+        )
         assert (first - second)[:, 6:].abs().max() > 1e-3
 
     @torch.no_grad()

@@ -374,7 +374,9 @@ def test_a_draw_that_masks_nothing_has_no_loss_and_no_gradient(chosen_draws):
 def test_training_under_flex_attention_on_a_cpu_is_refused(uncompiled_flex_attention):
     model = random_model(12, "flex_attention").train()
     x_0, _ = random_ids(model, 18)
-    with pytest.raises(ValueError, match=r"`attn_implementation` must be 'sdpa'.*'flex_attention', which has no backward"):
+    with pytest.raises(
+        ValueError, match=r"`attn_implementation` must be 'sdpa'.*'flex_attention', which has no backward"
+    ):
         model(input_ids=x_0, labels=x_0)
 
 

@@ -18,7 +18,13 @@ from test_first_hitting import (
 )
 
 from bd3lm_hf import BD3LMGenerationConfig
-from bd3lm_hf.modeling.samplers_block_diffusion import SAMPLERS, AncestralSampler, BlockNoise, ConfidenceSampler, Sampler
+from bd3lm_hf.modeling.samplers_block_diffusion import (
+    SAMPLERS,
+    AncestralSampler,
+    BlockNoise,
+    ConfidenceSampler,
+    Sampler,
+)
 
 
 PROMPT, LENGTH = [0, 2], 4
