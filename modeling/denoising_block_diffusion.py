@@ -57,7 +57,7 @@ class GenerationRecord:
                 kept[index[is_new], row[is_new]] = values[is_new]
 
     def note_reveal(self, prediction: Prediction, revealed: torch.Tensor, columns: torch.Tensor) -> None:
-        """Notes for each `revealed` token, bool [batch, block_size], the row's forward, and the token's probability."""
+        """Notes the row's forward and the probability of each `revealed` token, bool [batch, block_size]."""
         if self.reveal_steps is None:
             return
         for record, values in (
@@ -231,7 +231,7 @@ class Denoiser:
         return logits if self.guidance is None else self.guidance.combine(logits)
 
     def _positions_and_mask(self, block: torch.Tensor, is_real: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What the network is told of the clean tokens that are not cached and the block; kept while it is the same."""
+        """Positions and mask of the clean tokens that are not cached and of the block; kept while they are the same."""
         text, config = self.text, self.config
         key = (text.num_columns, text.num_cached)
         if self._prepared is not None and self._prepared[0] == key:

@@ -300,7 +300,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         given = {name: kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None}
         if len(given) > 1:
             raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
-        kwargs.update({CACHE_NAME: cache for cache in given.values()})
+        kwargs |= dict.fromkeys([CACHE_NAME], *given.values()) if given else {}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         return BD3LMGenerationConfig.from_generation_config(generation_config), model_kwargs
 

@@ -5,8 +5,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# Elements of one chunk of logits: 64 MiB in float32 on a CPU; on an accelerator 512 MiB, for which a few large products
-# take the place of hundreds of small ones.
+# Elements of one chunk of logits: 64 MiB in float32 on a CPU, 512 MiB on an accelerator, where a few large products take
+# the place of hundreds of small ones.
 CHUNK_NUMEL_ON_CPU = 2**24
 CHUNK_NUMEL = 2**27
 

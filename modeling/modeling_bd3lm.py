@@ -357,8 +357,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
         is_flex = self.config._attn_implementation == "flex_attention"
         if is_flex and hidden_states.requires_grad and hidden_states.device.type == "cpu":
             raise ValueError(
-                "`attn_implementation` must be 'sdpa' or 'eager' to train on a CPU, but got 'flex_attention', which has "
-                "no backward pass there."
+                "`attn_implementation` must be 'sdpa' or 'eager' to train on a CPU, but got 'flex_attention', which "
+                "has no backward pass there."
             )
         position_ids, attention_mask = prepare_denoising(
             self.config, hidden_states, hidden_states.dtype, attention_mask, position_ids, cache, document_ids

@@ -3,8 +3,8 @@ The seam between block diffusion and a network: what every block diffusion langu
 
 A network is anything that does this, and a stock decoder of Transformers does it as it is:
 
-    hidden_states = network(input_ids | inputs_embeds, position_ids, attention_mask, cache)    # [batch, length, hidden]
-    logits        = head(hidden_states)                                                        # [batch, length, vocab]
+    hidden_states = network(input_ids | inputs_embeds, position_ids, attention_mask, cache)   # [batch, length, hidden]
+    logits        = head(hidden_states)                                                       # [batch, length, vocab]
 
 The mask is data ([`block_diffusion_mask`]) and passes through untouched. The network is called in two ways only: over
 [x_t ; x_0] in training ([`TwoStreams`]), and over new tokens against a cache in a denoising pass.
@@ -248,8 +248,8 @@ class BlockDiffusionLMMixin:
             kwargs: `output_hidden_states`, `output_attentions` and what else the network takes.
 
         Returns:
-            a [`BlockDiffusionOutput`], with `logits` [batch, length, vocab] of the kept positions, or with `labels` the
-            `loss` in nats per predicted token.
+            a [`BlockDiffusionOutput`], with `logits` [batch, length, vocab] of the kept positions, or with `labels`
+            the `loss` in nats per predicted token.
 
         Raises:
             ValueError: arguments that exclude each other, shapes that do not fit, labels that hold the mask token,

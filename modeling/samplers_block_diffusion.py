@@ -11,8 +11,8 @@ class BlockNoise:
     """
     The random numbers of one block.
 
-    With seeds each row has a generator of its own: its numbers depend on its seed and the number of the block alone, so
-    that they are the same whatever rows share the batch, and in a text that is continued.
+    With seeds each row has a generator of its own: its numbers depend on its seed and the number of the block, so that
+    they are the same whatever rows share the batch, and in a text that is continued.
 
     Args:
         seeds: one for each row [batch]; None takes all numbers from torch's global generator.
@@ -52,8 +52,7 @@ class Sampler:
     passed as `generate(sampler=MySampler())` or named in `SAMPLERS`. Masks are bool [batch, block_size].
     """
 
-    # What `reveal` is told of the predictions: "probability", "margin", "negative_entropy" (`prediction_block_diffusion.py`), or
-    # nothing, which spares a softmax over the vocabulary.
+    # What `reveal` is told of the predictions (see `confidence_of`); nothing spares a softmax over the vocabulary.
     confidence: str | None = None
     # Whether a step may have no candidates.
     may_pause = False

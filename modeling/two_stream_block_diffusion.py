@@ -197,8 +197,8 @@ class TwoStreams:
     Attributes:
         input_ids, position_ids: noisy tokens, then clean ones [batch, num_noisy + num_clean].
         attention_mask: as [`block_diffusion_mask`] makes it.
-        timesteps: noise level sigma of each token, 0 for clean ones [batch, num_noisy + num_clean]; or of each row, for
-            all its tokens [batch]; or None.
+        timesteps: noise level sigma of each token, 0 for clean ones [batch, num_noisy + num_clean]; or of each row
+            [batch]; or None.
         num_noisy: tokens of the noisy stream.
         noisy_columns: the columns of x_t that the noisy stream holds [batch, num_noisy]; None means all.
     """
