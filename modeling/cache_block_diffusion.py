@@ -84,7 +84,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
     A sliding layer of fixed capacity that is written in place, and whose window may be widened while it is in use.
 
     Keys and values are views of buffers [batch, heads, capacity, head_dim]. Positions are added at their end, also the
-    transient ones of a denoising pass, which the next pass overwrites. From a full buffer the window moves to a new one.
+    transient ones of a denoising pass, which the next pass overwrites. A full one is left for another.
     """
 
     def __init__(self, window: int):

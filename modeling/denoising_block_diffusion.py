@@ -231,7 +231,7 @@ class Denoiser:
         return logits if self.guidance is None else self.guidance.combine(logits)
 
     def _positions_and_mask(self, block: torch.Tensor, is_real: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Positions and mask of the clean tokens that are not cached and of the block; kept while they are the same."""
+        """Positions and mask of the clean tokens that are not cached and of the block; kept while the same."""
         text, config = self.text, self.config
         key = (text.num_columns, text.num_cached)
         if self._prepared is not None and self._prepared[0] == key:

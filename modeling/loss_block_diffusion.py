@@ -5,8 +5,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# Elements of one chunk of logits: 64 MiB in float32 on a CPU, 512 MiB on an accelerator, where a few large products take
-# the place of hundreds of small ones.
+# Elements of one chunk of logits: 64 MiB in float32 on a CPU, 512 MiB on an accelerator, where few and large products
+# are wanted.
 CHUNK_NUMEL_ON_CPU = 2**24
 CHUNK_NUMEL = 2**27
 
