@@ -172,19 +172,10 @@ class BD3LMConfig(PreTrainedConfig):
             raise ValueError(f"`{field}` must be {rule}, but got {getattr(self, field)!r}.")
 
     def _validate_sizes(self) -> None:
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "block_size",
-            "cond_dim",
-        ):
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+        sizes += ["block_size", "cond_dim"] + (["intermediate_size"] if self.intermediate_size is not None else [])
+        for field in sizes:
             value = getattr(self, field)
-            if field == "intermediate_size" and value is None:
-                continue
             self._require(isinstance(value, int) and value is not True and value >= 1, field, "an integer >= 1")
         self._require(
             self.hidden_size % self.num_attention_heads == 0,

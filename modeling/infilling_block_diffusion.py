@@ -36,20 +36,17 @@ class TextInfillingPipeline(Pipeline):
     """
     Fills the gaps of texts with a block diffusion model; every given token stays.
 
-    A gap is one marker or several next to each other. A marker is the tokenizer's mask token, or `placeholder`, and
-    stands for `gap_length` tokens. A gap is filled from both sides within its block and from the left across blocks.
+    A gap is one marker or several next to each other. A marker is the tokenizer's mask token, or `placeholder`, in the
+    place of `gap_length` tokens. A gap is filled from both sides within its block and from the left across blocks.
+    Special tokens are not written into a gap, unless `suppress_tokens` says otherwise.
 
     ```python
     fill = pipeline("text-infilling", model="user/model", trust_remote_code=True)
-    fill("def main([MASK][MASK]):")
     fill("def main(...):\\n    return ...", placeholder="...", gap_length=[2, 5], sampler="confidence")
     ```
 
-    The tokenizer's special tokens are not written into a gap, unless `suppress_tokens` says otherwise.
-
     Args:
-        model: a `BD3LMForMaskedLM`.
-        tokenizer: its tokenizer, with its mask token.
+        model, tokenizer: a block diffusion language model; its tokenizer, with its mask token.
         placeholder, gap_length: defaults for the calls.
         args, kwargs: arguments of `Pipeline`, and of `generate` as defaults for the calls.
 
@@ -87,21 +84,17 @@ class TextInfillingPipeline(Pipeline):
             inputs: A text, or a list, generator or dataset of texts. A text may come as a mapping {"text",
                 "gap_length"}, with lengths of its own.
             placeholder: What marks a gap in place of the mask token.
-            gap_length: Tokens that a marker stands for, or a list of one number for each marker of a text; 1 by
-                default.
+            gap_length: Tokens for each marker, or a list of one number for each marker of a text; 1 by default.
             batch_size: Texts that are filled at once; 1 by default.
-            generate_kwargs: Arguments of `generate`, such as `sampler`, `temperature`, `num_return_sequences` or
-                `seed`, but for those that say how long the text becomes.
+            generate_kwargs: Arguments of `generate`, but for those that say how long the text becomes.
 
         Returns:
             For each text a dictionary, or with `num_return_sequences` above 1 a list of so many:
 
             - `text`: the filled text; with a tokenizer that gives back what it encodes, the given text between gaps.
             - `spans`: for each gap `start` and `end` (characters of `text`, the end excluded), `text`, `token_ids`,
-              `token_scores` (the model's probability of each token when it was revealed, given what was revealed
-              before and before temperature, nucleus and the like) and `score`, their geometric mean. Where each
-              forward reveals one token of a block, as `first_hitting` does, `score ** len(token_ids)` is the
-              probability of the gap's tokens in the order in which they were revealed, other gaps of its block aside.
+              `token_scores` (the model's probability of each token when it was revealed, before temperature, nucleus
+              and the like) and `score`, their geometric mean.
 
         Raises:
             ValueError: a text without a gap, or with marks of two kinds; lengths that don't fit the markers; an
@@ -123,17 +116,8 @@ class TextInfillingPipeline(Pipeline):
         self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1
     ) -> dict[str, torch.Tensor]:
         """
-        The ids of one text, its gaps masked and BOS in front as in training.
-
-        Args:
-            inputs: a text, or a mapping {"text", "gap_length"}.
-            placeholder, gap_length: see `__call__`.
-
-        Returns:
-            `input_ids` and `attention_mask` [1, length], and `num_added` [1], 1 if BOS was put in front.
-
-        Raises:
-            ValueError: no text, no gap in it, lengths that don't fit, a tokenizer that splits the mask token.
+        The `input_ids` and `attention_mask` [1, length] of one text, its gaps masked and BOS in front as in training,
+        and `num_added` [1], 1 if BOS was not there.
         """
         text = inputs
         if isinstance(inputs, dict):

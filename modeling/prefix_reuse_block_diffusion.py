@@ -18,8 +18,8 @@ class CleanText:
     that the cache does not hold yet.
 
     Rows of a batch have their blocks in common columns, so a shorter row has empty columns before its own. A cache
-    that `generate` returns keeps its text, so that the next call finds which blocks of its prompts are cached: as many
-    as agree token for token, in each row. Columns after them are empty for that row from then on.
+    that `generate` returns keeps its text. Of new prompts as many blocks are cached as agree token for token, in each
+    row; columns after them are empty for that row from then on.
 
     Attributes:
         ids: [batch, columns].
