@@ -1,0 +1,1 @@
+"""Training: arguments, trainers, and what they keep of a run."""
