@@ -4,6 +4,8 @@ from setuptools import setup
 
 
 PEFT = ["peft>=0.18"]
+# Its trainer is subclassed: older ones build the labels elsewhere, and version 2 takes arguments away.
+TRL = ["trl>=1.15,<2"]
 EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
 APP = ["gradio>=6.31"]
@@ -27,7 +29,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=["bd3lm_hf", "bd3lm_hf.app", "bd3lm_hf.cli", "bd3lm_hf.modeling"],
+    packages=["bd3lm_hf", "bd3lm_hf.app", "bd3lm_hf.cli", "bd3lm_hf.modeling", "bd3lm_hf.training"],
     # The folder that travels to the Hub stays visible as one folder of the repository.
     package_dir={"bd3lm_hf": "bd3lm_hf", "bd3lm_hf.modeling": "modeling"},
     # `evaluate.load` reads the metrics as files.
@@ -47,6 +49,7 @@ setup(
     ],
     extras_require={
         "peft": PEFT,
+        "trl": TRL,
         "eval": EVAL,
         "lm-eval": LM_EVAL,
         "plots": PLOTS,
@@ -64,6 +67,7 @@ setup(
             # As pyproject.toml asks for: the tests build without isolation.
             "setuptools>=77",
             *PEFT,
+            *TRL,
             *EVAL,
             *PLOTS,
             *APP,

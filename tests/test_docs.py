@@ -40,9 +40,15 @@ GIVEN = {
     "evaluation": ("my-model", "my-gpt2", "corpus.txt", "documents.jsonl", "wiki.test.tokens"),
     "gpus": ("corpus.txt", "docs"),
     "harness": ("bd3lm-demo", "tasks"),
+    "trl": ("my-model",),
 }
 # The optional package of a page, as a module and as an extra.
-NEEDS = {"app": ("gradio", "app"), "harness": ("lm_eval", "lm-eval"), "plots": ("matplotlib", "plots")}
+NEEDS = {
+    "app": ("gradio", "app"),
+    "harness": ("lm_eval", "lm-eval"),
+    "plots": ("matplotlib", "plots"),
+    "trl": ("trl", "trl"),
+}
 HISTORY = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0, "eval_nelbo": 2.5}]
 TASK = """
 task: my_task
@@ -163,6 +169,12 @@ def check_plots(names, printed):
     assert all(Path(name).stat().st_size > 0 for name in written)
 
 
+def check_trl(names, printed):
+    assert names["trainer"].state.global_step == 20
+    assert Path("my-sft-model", "model.safetensors").is_file()
+    assert Path("my-sft-adapter", "adapter_model.safetensors").is_file()
+
+
 def check_gpus(names, printed):
     for folder in ("my-model", "my-sharded-model"):
         assert json.loads(Path(folder, "trainer_state.json").read_text())["global_step"] == 4
@@ -178,6 +190,7 @@ CHECKS = {
     "infilling": check_infilling,
     "plots": check_plots,
     "training": check_training,
+    "trl": check_trl,
 }
 
 
@@ -326,6 +339,7 @@ def test_the_page_on_the_design_names_every_module():
 
 
 def test_importing_the_package_imports_neither_datasets_nor_anything_optional():
-    code = "import sys, bd3lm_hf; print([name for name in ('datasets', 'peft', 'evaluate') if name in sys.modules])"
+    optional = ("datasets", "peft", "evaluate", "trl")
+    code = f"import sys, bd3lm_hf; print([name for name in {optional} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -154,10 +154,12 @@ class BD3LMSFTTrainer(SFTTrainer):
             (None, the nats and the number of predicted tokens of each row [batch, 2], None).
         """
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager(), noise_of_text(inputs["input_ids"]):
+        with torch.no_grad(), self.compute_loss_context_manager(), _fixed_noise(inputs["input_ids"]):
             outputs = model(**inputs)
+        # The plain core calls it `token_nelbo`.
+        nats = outputs["token_nelbo" if "token_nelbo" in outputs else "nelbo"].sum(-1)
         num_predicted = (inputs["labels"] != -100).sum(-1)
-        return None, torch.stack([outputs.nelbo.sum(-1), num_predicted.to(outputs.nelbo.dtype)], dim=-1), None
+        return None, torch.stack([nats, num_predicted.to(nats.dtype)], dim=-1), None
 
     def evaluation_loop(
         self,
@@ -224,11 +226,12 @@ class SFTDataCollator(DataCollatorForLanguageModeling):
 
 
 @contextlib.contextmanager
-def noise_of_text(input_ids: torch.Tensor) -> Iterator[None]:
+def _fixed_noise(input_ids: torch.Tensor) -> Iterator[None]:
     """
     Within it random numbers are a function of these ids [batch, length]; after it they go on as before.
 
-    So an evaluation meets the noise that any other of the same texts met.
+    So an evaluation meets the noise that any other of the same batches met. (It can go once the model itself draws the
+    noise of evaluation from the text.)
     """
     device = input_ids.device
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
@@ -310,7 +313,7 @@ def _no_model_init_kwargs(args: TrainingArguments | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forward_kept(model: nn.Module) -> Iterator[None]:
-    """After it the model has the forward that it had: SFTTrainer puts one in its place that computes next-token losses."""
+    """After it the model has the forward that it had, which SFTTrainer replaces by one for next-token losses."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = vars(model).get("forward")
     try:
