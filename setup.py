@@ -13,6 +13,9 @@ LM_EVAL = ["lm-eval>=0.4.13"]
 # MkDocs 2 takes neither this theme nor these plugins. Ruff formats the signatures.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.14"]
 
+# The folders of `bd3lm_hf/`, in the order in which they may import each other.
+ROOMS = ("data", "noise", "evaluation", "hub", "training", "app", "cli")
+
 setup(
     name="bd3lm-hf",
     version="0.1.0",
@@ -29,11 +32,11 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=["bd3lm_hf", "bd3lm_hf.app", "bd3lm_hf.cli", "bd3lm_hf.modeling", "bd3lm_hf.training"],
+    packages=["bd3lm_hf", *(f"bd3lm_hf.{room}" for room in ROOMS), "bd3lm_hf.modeling"],
     # The folder that travels to the Hub stays visible as one folder of the repository.
     package_dir={"bd3lm_hf": "bd3lm_hf", "bd3lm_hf.modeling": "modeling"},
     # `evaluate.load` reads the metrics as files.
-    package_data={"bd3lm_hf": ["metrics/*/*.py", "model_card_template.md"]},
+    package_data={"bd3lm_hf.evaluation": ["metrics/*/*.py"], "bd3lm_hf.hub": ["model_card_template.md"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

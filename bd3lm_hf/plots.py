@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .modeling.attention_bd3lm import two_stream_sees, visibility_code
+from .modeling.attention_block_diffusion import is_visible, token_block_ids
 from .modeling.configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
-from .modeling.diffusion_bd3lm import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
-from .modeling.generation_bd3lm import BD3LMGenerateOutput
+from .modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
+from .modeling.generation_block_diffusion import BD3LMGenerateOutput
 
 
 if TYPE_CHECKING:
@@ -134,9 +134,9 @@ def plot_attention_pattern(length: int = 16, block_size: int = 4, *, window: int
         raise ValueError(f"`block_size` must be from 1 to `length` ({length}), but got {block_size}.")
     if window is not None and window < 0:
         raise ValueError(f"`window` must be a number of blocks >= 0, but got {window}.")
-    code = visibility_code(torch.arange(length), block_size).repeat(2)
+    block_ids = token_block_ids(torch.arange(length), block_size).repeat(2)
     copy = (torch.arange(2 * length) < length).long()
-    seen = two_stream_sees(code[:, None], copy[:, None], code, copy, length if window is None else window)
+    seen = is_visible(block_ids[:, None], block_ids, length if window is None else window, copy[:, None], copy)
     kinds = {
         "noisy to noisy: its own block": (copy[:, None] == 1) & (copy == 1),
         "noisy to clean: the blocks before": (copy[:, None] == 1) & (copy == 0),

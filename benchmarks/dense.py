@@ -11,7 +11,8 @@ import math
 import torch
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
-from bd3lm_hf import NOISE_SCHEDULES, BD3LMForMaskedLM, forward_process, sample_timesteps
+from bd3lm_hf import BD3LMForMaskedLM
+from bd3lm_hf.modeling.diffusion_block_diffusion import NOISE_SCHEDULES, forward_process, sample_timesteps
 from bd3lm_hf.modeling.layers_bd3lm import BD3LMDecoderLayer
 from bd3lm_hf.modeling.linear_bd3lm import compute_dtype, linear
 

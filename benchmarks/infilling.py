@@ -25,7 +25,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bd3lm_hf import BD3LMForMaskedLM, CommitCache
-from bd3lm_hf.variance import Estimate
+from bd3lm_hf.evaluation.estimate import Estimate
 
 
 MOST_WORDS, MOST_TOKENS = 3, 8

@@ -22,9 +22,9 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from bd3lm_hf import generative_perplexity
-from bd3lm_hf.evaluation import evaluate_likelihood
-from bd3lm_hf.quality import token_entropy
-from bd3lm_hf.variance import Estimate
+from bd3lm_hf.evaluation.estimate import Estimate
+from bd3lm_hf.evaluation.likelihood import evaluate_likelihood
+from bd3lm_hf.evaluation.quality import token_entropy
 
 from .common import interleaved_medians, machine
 from .infilling import Gap, autoregressive_nll, draw_gap, fill, per_token, score_gap

@@ -17,18 +17,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from bd3lm_hf import (
-    BD3LMConfig,
-    BD3LMForMaskedLM,
-    load_documents,
-    load_tokenizer,
-    pack_documents,
-    split_documents,
-    train_tokenizer,
-)
-from bd3lm_hf.data import draw_sequences, limit_bytes
-from bd3lm_hf.trainer import BD3LMTrainer
-from bd3lm_hf.training_args import BD3LMTrainingArguments
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, load_documents, load_tokenizer, pack_documents, train_tokenizer
+from bd3lm_hf.data.documents import draw_sequences, limit_bytes, split_documents
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.trainer import BD3LMTrainer
 
 
 @dataclass(frozen=True)

@@ -16,31 +16,17 @@ from statistics import mean, stdev
 import numpy as np
 from transformers import set_seed
 
-from bd3lm_hf import (
-    FULL_NOISE_INTERVAL,
-    BD3LMConfig,
-    BD3LMDataCollator,
-    BD3LMForMaskedLM,
-    load_documents,
-    noise_interval_grid,
-    pack_documents,
-    split_documents,
-    train_tokenizer,
-)
-from bd3lm_hf.data import draw_sequences, limit_bytes
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
-from bd3lm_hf.noise import NoiseSampler
-from bd3lm_hf.trainer import BD3LMTrainer
-from bd3lm_hf.training_args import BD3LMTrainingArguments
-from bd3lm_hf.variance import (
-    INTERVAL_WIDTHS,
-    BlockLosses,
-    Estimate,
-    gradient_variance,
-    nelbo_variance,
-    score_blocks,
-    sum_per_sequence,
-)
+from bd3lm_hf import BD3LMConfig, BD3LMDataCollator, BD3LMForMaskedLM, load_documents, pack_documents, train_tokenizer
+from bd3lm_hf.data.documents import draw_sequences, limit_bytes, split_documents
+from bd3lm_hf.evaluation.block_losses import BlockLosses, score_blocks
+from bd3lm_hf.evaluation.estimate import Estimate, sum_per_sequence
+from bd3lm_hf.evaluation.variance import gradient_variance, nelbo_variance
+from bd3lm_hf.modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
+from bd3lm_hf.noise.intervals import INTERVAL_WIDTHS, noise_interval_grid
+from bd3lm_hf.noise.sampler import NoiseSampler
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.trainer import BD3LMTrainer
 
 from .common import interleaved_medians, machine, print_table
 

@@ -50,7 +50,7 @@ class BD3LMConfig(PreTrainedConfig):
     """
 
     model_type = "bd3lm"
-    keys_to_ignore_at_inference = ["past_key_values", "nelbo"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "token_nelbo"]
     attribute_map = PUBLISHED_FIELDS
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

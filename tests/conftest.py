@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
-from bd3lm_hf.modeling import diffusion_bd3lm
+from bd3lm_hf.modeling import diffusion_block_diffusion
 
 
 @pytest.fixture(scope="session")
@@ -95,12 +95,16 @@ def chosen_draws(monkeypatch):
             assert batch_size == t.shape[0] and num_blocks <= t.shape[1]
             return t[:, :num_blocks]
 
-        def forward_process(x_0, mask_probability, mask_token_id, maskable=None, generator=None):
+        def forward_process(x_0, mask_probability, mask_token_id, maskable=None, **kwargs):
             chosen = masked if maskable is None else masked & maskable
             return torch.where(chosen, mask_token_id, x_0)
 
-        monkeypatch.setattr("bd3lm_hf.modeling.modeling_bd3lm.sample_timesteps", sample_timesteps)
-        monkeypatch.setattr("bd3lm_hf.modeling.modeling_bd3lm.forward_process", forward_process)
+        def noise_of_text(x_0, blocks, noise_interval):
+            return t.gather(1, blocks.block), None
+
+        monkeypatch.setattr("bd3lm_hf.modeling.network_block_diffusion.sample_timesteps", sample_timesteps)
+        monkeypatch.setattr("bd3lm_hf.modeling.network_block_diffusion.forward_process", forward_process)
+        monkeypatch.setattr("bd3lm_hf.modeling.network_block_diffusion.noise_of_text", noise_of_text)
 
     return choose
 
@@ -115,16 +119,16 @@ def recorded_draws(monkeypatch):
     draws, times = [], []
 
     def sample_timesteps(*args, **kwargs):
-        times.append(diffusion_bd3lm.sample_timesteps(*args, **kwargs))
+        times.append(diffusion_block_diffusion.sample_timesteps(*args, **kwargs))
         return times[-1]
 
     def forward_process(x_0, mask_probability, *args, **kwargs):
-        x_t = diffusion_bd3lm.forward_process(x_0, mask_probability, *args, **kwargs)
+        x_t = diffusion_block_diffusion.forward_process(x_0, mask_probability, *args, **kwargs)
         draws.append((times[-1], mask_probability.expand(x_t.shape).clone(), x_t.clone()))
         return x_t
 
-    monkeypatch.setattr("bd3lm_hf.modeling.modeling_bd3lm.sample_timesteps", sample_timesteps)
-    monkeypatch.setattr("bd3lm_hf.modeling.modeling_bd3lm.forward_process", forward_process)
+    monkeypatch.setattr("bd3lm_hf.modeling.network_block_diffusion.sample_timesteps", sample_timesteps)
+    monkeypatch.setattr("bd3lm_hf.modeling.network_block_diffusion.forward_process", forward_process)
     return draws
 
 

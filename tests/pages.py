@@ -129,14 +129,14 @@ def run_command(command: str) -> None:
             from bd3lm_hf.cli import main
 
             assert main(tiny(words)) in (0, None), command
-        case ["python", "-m", "bd3lm_hf.harness", *words]:
+        case ["python", "-m", "bd3lm_hf.evaluation.harness", *words]:
             from lm_eval.api.registry import model_registry
 
             # The module registers its model, once by this name and once as `__main__`.
             known = {name: target for name, target in model_registry.items() if name != "bd3lm"}
-            argv = mock.patch.object(sys, "argv", ["bd3lm_hf.harness", *words])
+            argv = mock.patch.object(sys, "argv", ["bd3lm_hf.evaluation.harness", *words])
             with argv, mock.patch.object(model_registry, "_objs", known):
-                runpy.run_module("bd3lm_hf.harness", run_name="__main__")
+                runpy.run_module("bd3lm_hf.evaluation.harness", run_name="__main__")
         case ["accelerate", *words]:
             code = "from accelerate.commands.accelerate_cli import main; main()"
             subprocess.run([sys.executable, "-c", code, *tiny(words)], check=True, stdin=subprocess.DEVNULL)

@@ -23,14 +23,7 @@ from huggingface_hub.utils import get_session
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
-from bd3lm_hf import (
-    BD3LMConfig,
-    BD3LMForMaskedLM,
-    BD3LMTrainer,
-    BD3LMTrainingArguments,
-    push_to_hub,
-    train_tokenizer,
-)
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMTrainer, BD3LMTrainingArguments, push_to_hub, train_tokenizer
 from bd3lm_hf.cli import main
 
 

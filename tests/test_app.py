@@ -15,7 +15,7 @@ from transformers import pipeline
 
 from bd3lm_hf import SAMPLERS, evaluate_likelihood, train_tokenizer
 from bd3lm_hf.cli import main
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLER_ARGUMENTS
+from bd3lm_hf.modeling.samplers_block_diffusion import SAMPLER_ARGUMENTS
 
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'bd3lm-hf[app]'")

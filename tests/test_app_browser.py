@@ -8,7 +8,7 @@ import pytest
 from conftest import random_model
 
 from bd3lm_hf import evaluate_likelihood, train_tokenizer
-from bd3lm_hf.space import write_space
+from bd3lm_hf.hub.space import write_space
 
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'bd3lm-hf[app]'")

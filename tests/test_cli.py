@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -86,6 +87,13 @@ def test_the_installed_command_lists_its_commands():
     assert result.returncode == 0
     for command in COMMANDS:
         assert f"  bd3lm {command} " in result.stdout
+
+
+def test_the_command_tells_its_version(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code in (None, 0)
+    assert capsys.readouterr().out.strip() == version("bd3lm-hf")
 
 
 def test_an_unknown_command_is_refused(capsys):

@@ -61,10 +61,10 @@ def chat(model, turns, cache, **arguments):
     texts = [torch.empty(0, dtype=torch.long)] * len(turns[0])
     for seed, turn in enumerate(turns):
         inputs = left_padded([torch.cat([text, new]) for text, new in zip(texts, turn)])
-        given = {} if cache is False else {"past_key_values": cache}
+        given = {} if cache is False else {"cache": cache}
         output = model.generate(**inputs, **given, **arguments, seed=seed, return_dict_in_generate=True)
         if cache is not False:
-            cache = output.past_key_values
+            cache = output.cache
         num_new = output.sequences.shape[1] - inputs["input_ids"].shape[1]
         firsts = (inputs["attention_mask"] == 0).sum(-1).tolist()
         texts = without_padding(output.sequences, firsts, num_new)
@@ -100,12 +100,12 @@ def test_turns_far_past_the_context_while_rows_shift_against_each_other():
 def test_a_text_that_was_edited_is_cached_as_far_as_it_agrees():
     model = make_model(eos_token_id=None)
     prompts = torch.stack(random_prompts([16, 16], vocab_size=30))
-    cache = model.generate(prompts, max_new_tokens=8, return_dict_in_generate=True).past_key_values
+    cache = model.generate(prompts, max_new_tokens=8, return_dict_in_generate=True).cache
     edited = prompts.clone()
     edited[0, 9] = (edited[0, 9] + 1) % 30
     expected = model.generate(edited, max_new_tokens=8, seed=0)
     with Reading(model) as reading:
-        assert torch.equal(model.generate(edited, max_new_tokens=8, seed=0, past_key_values=cache), expected)
+        assert torch.equal(model.generate(edited, max_new_tokens=8, seed=0, cache=cache), expected)
     # Row 0 keeps two blocks of four, so two are read again before the eight forwards over blocks.
     assert reading.num_tokens == 8 + 4 + 8 * 4
 
@@ -115,28 +115,28 @@ def test_a_cache_that_dropped_what_is_still_seen_is_refused():
     prompts = torch.stack(random_prompts([8, 8], vocab_size=30))
     output = model.generate(prompts, max_new_tokens=40, return_dict_in_generate=True)
     short = [output.sequences[0], output.sequences[1, :12]]
-    with pytest.raises(ValueError, match="`past_key_values` has dropped positions that the next block still sees"):
-        model.generate(**left_padded(short), max_new_tokens=4, past_key_values=output.past_key_values)
+    with pytest.raises(ValueError, match="`cache` has dropped positions that the next block still sees"):
+        model.generate(**left_padded(short), max_new_tokens=4, cache=output.cache)
 
 
 def test_a_cache_that_the_model_filled_holds_the_first_blocks_of_the_prompts():
     model = make_model(eos_token_id=None)
     prompts = torch.stack(random_prompts([13, 13], vocab_size=30))
     cache = DynamicCache()
-    model(prompts[:, :8], past_key_values=cache)
+    model(prompts[:, :8], cache=cache)
     expected = model.generate(prompts, max_new_tokens=8, seed=0)
-    assert torch.equal(model.generate(prompts, max_new_tokens=8, seed=0, past_key_values=cache), expected)
+    assert torch.equal(model.generate(prompts, max_new_tokens=8, seed=0, cache=cache), expected)
 
 
 @pytest.mark.parametrize("kind", ["sliding", "static"])
 def test_a_cache_that_was_reset_starts_anew(kind):
     model = make_model(eos_token_id=None)
     prompts = torch.stack(random_prompts([13, 13], vocab_size=30))
-    arguments = {"max_new_tokens": 8, "past_key_values": make_cache(kind, model), "return_dict_in_generate": True}
-    cache = model.generate(prompts.flip(1), **arguments).past_key_values
+    arguments = {"max_new_tokens": 8, "cache": make_cache(kind, model), "return_dict_in_generate": True}
+    cache = model.generate(prompts.flip(1), **arguments).cache
     cache.reset()
     expected = model.generate(prompts, max_new_tokens=8, seed=0)
-    assert torch.equal(model.generate(prompts, max_new_tokens=8, seed=0, past_key_values=cache), expected)
+    assert torch.equal(model.generate(prompts, max_new_tokens=8, seed=0, cache=cache), expected)
 
 
 @pytest.mark.parametrize("kind", ["sliding", "dynamic"])
@@ -144,9 +144,9 @@ def test_an_answer_is_written_again_from_the_cache_of_the_first(kind):
     model = make_model(eos_token_id=None)
     prompt = random_prompts([20], vocab_size=30)[0][None]
     first = model.generate(
-        prompt, max_new_tokens=40, seed=0, past_key_values=make_cache(kind, model), return_dict_in_generate=True
+        prompt, max_new_tokens=40, seed=0, cache=make_cache(kind, model), return_dict_in_generate=True
     )
-    again = model.generate(prompt, max_new_tokens=40, seed=1, past_key_values=first.past_key_values)
+    again = model.generate(prompt, max_new_tokens=40, seed=1, cache=first.cache)
     assert torch.equal(again, model.generate(prompt, max_new_tokens=40, seed=1))
 
 
@@ -162,7 +162,7 @@ def test_a_turn_that_is_long_for_one_row_and_short_for_the_other(kind):
 def first_turn(model, lengths=(12, 12), **arguments):
     prompts = left_padded(random_prompts(lengths, vocab_size=30))
     output = model.generate(**prompts, max_new_tokens=8, seed=0, return_dict_in_generate=True, **arguments)
-    return output.sequences, output.past_key_values
+    return output.sequences, output.cache
 
 
 def test_a_cache_from_inference_mode_is_continued_outside_of_it():
@@ -170,14 +170,14 @@ def test_a_cache_from_inference_mode_is_continued_outside_of_it():
     with torch.inference_mode():
         text, cache = first_turn(model)
     expected = model.generate(text.clone(), max_new_tokens=8, seed=0)
-    assert torch.equal(model.generate(text.clone(), max_new_tokens=8, seed=0, past_key_values=cache), expected)
+    assert torch.equal(model.generate(text.clone(), max_new_tokens=8, seed=0, cache=cache), expected)
 
 
 def test_a_cache_from_autocast_is_continued_outside_of_it():
     model = make_model(eos_token_id=None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         text, cache = first_turn(model)
-    assert model.generate(text, max_new_tokens=8, seed=0, past_key_values=cache).shape == (2, 28)
+    assert model.generate(text, max_new_tokens=8, seed=0, cache=cache).shape == (2, 28)
 
 
 @pytest.mark.parametrize("kind", ["sliding", "dynamic"])
@@ -185,12 +185,12 @@ def test_a_cache_that_was_cropped_holds_what_is_left(kind):
     model = make_model(eos_token_id=None)
     prompts = random_prompts([12, 4], vocab_size=30)
     output = model.generate(
-        **left_padded(prompts), max_new_tokens=8, past_key_values=make_cache(kind, model), return_dict_in_generate=True
+        **left_padded(prompts), max_new_tokens=8, cache=make_cache(kind, model), return_dict_in_generate=True
     )
-    output.past_key_values.crop(-4)
+    output.cache.crop(-4)
     inputs = left_padded([output.sequences[0, :16], torch.cat([output.sequences[1, 8:], prompts[1]])])
     expected = model.generate(**inputs, max_new_tokens=8, seed=0)
-    actual = model.generate(**inputs, max_new_tokens=8, seed=0, past_key_values=output.past_key_values)
+    actual = model.generate(**inputs, max_new_tokens=8, seed=0, cache=output.cache)
     assert torch.equal(actual, expected)
 
 
@@ -205,20 +205,20 @@ def test_rows_of_a_cache_are_selected_repeated_and_reordered_with_their_text():
         rearrange(cache)
         expected = model.generate(text[rows], max_new_tokens=8, seed=0)
         with Reading(model) as reading:
-            assert torch.equal(model.generate(text[rows], max_new_tokens=8, seed=0, past_key_values=cache), expected)
+            assert torch.equal(model.generate(text[rows], max_new_tokens=8, seed=0, cache=cache), expected)
         assert reading.num_tokens < 20 + 8 * 4
 
 
 def test_a_cache_that_grew_since_or_lost_rows_unseen_is_refused():
     model = make_model(eos_token_id=None)
     text, cache = first_turn(model)
-    model(text[:, :4], past_key_values=cache)
-    with pytest.raises(ValueError, match="`past_key_values` that `generate` returned must hold what it held then, 16"):
-        model.generate(text, max_new_tokens=4, past_key_values=cache)
-    text, cache = first_turn(model, past_key_values=DynamicCache())
+    model(text[:, :4], cache=cache)
+    with pytest.raises(ValueError, match="`cache` that `generate` returned must hold what it held then, 16"):
+        model.generate(text, max_new_tokens=4, cache=cache)
+    text, cache = first_turn(model, cache=DynamicCache())
     cache.batch_select_indices(torch.tensor([1]))
-    with pytest.raises(ValueError, match="`past_key_values` must be of the batch size of the rows to generate, 1"):
-        model.generate(text[1:], max_new_tokens=4, past_key_values=cache)
+    with pytest.raises(ValueError, match="`cache` must be of the batch size of the rows to generate, 1"):
+        model.generate(text[1:], max_new_tokens=4, cache=cache)
 
 
 def test_a_denoising_pass_against_a_cache_has_a_gradient():
@@ -228,6 +228,6 @@ def test_a_denoising_pass_against_a_cache_has_a_gradient():
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.requires_grad_(True)
     masked = torch.full((2, 4), model.config.mask_token_id)
-    total = sum(model(masked, past_key_values=CommitCache(cache, 0)).logits.sum() for _ in range(2))
+    total = sum(model(masked, cache=CommitCache(cache, 0)).logits.sum() for _ in range(2))
     total.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0

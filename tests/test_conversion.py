@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMModel
-from bd3lm_hf.conversion import (
+from bd3lm_hf.hub.conversion import (
     SplitQueryKeyValue,
     convert_checkpoint,
     from_published_state_dict,

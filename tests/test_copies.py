@@ -4,10 +4,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from bd3lm_hf.modeling import attention_bd3lm
-from bd3lm_hf.modeling.attention_bd3lm import flex_block_mask
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
-from bd3lm_hf.noise import NoiseSampler
+from bd3lm_hf.modeling.attention_block_diffusion import plain_two_stream_mask
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
+from bd3lm_hf.noise.sampler import NoiseSampler
 
 
 NUM_COPIES, LENGTH = 3, 18
@@ -70,7 +69,7 @@ def test_the_loss_is_the_sum_over_passes_with_one_copy_each(attn_implementation,
     output, singles = model(**batch), [model(**single) for single in single_copies(batch)]
     assert len(singles) == NUM_COPIES and all(single.loss > 0 for single in singles)
     torch.testing.assert_close(output.loss, sum(single.loss for single in singles))
-    torch.testing.assert_close(output.nelbo, sum(single.nelbo for single in singles), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.token_nelbo, sum(single.token_nelbo for single in singles), rtol=1e-4, atol=1e-5)
 
 
 @layouts
@@ -94,7 +93,9 @@ def test_complementary_copies_that_mask_all_of_a_block_or_nothing(attn_implement
     model = random_model(0, attn_implementation)
     batch = noised_batch(model, sampler=NoiseSampler(num_copies=2, complementary=True), interval=interval)
     singles = [model(**single) for single in single_copies(batch)]
-    torch.testing.assert_close(model(**batch).nelbo, singles[0].nelbo + singles[1].nelbo, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(**batch).token_nelbo, singles[0].token_nelbo + singles[1].token_nelbo, rtol=1e-4, atol=1e-5
+    )
 
 
 @implementations
@@ -103,9 +104,9 @@ def test_each_copy_has_the_noise_levels_of_its_own(attn_implementation):
     model = random_model(0, attn_implementation, time_conditioning=True)
     batch = noised_batch(model)
     output, singles = model(**batch), [model(**single) for single in single_copies(batch)]
-    torch.testing.assert_close(output.nelbo, sum(single.nelbo for single in singles), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.token_nelbo, sum(single.token_nelbo for single in singles), rtol=1e-4, atol=1e-5)
     batch["timesteps"] = batch["timesteps"].roll(LENGTH, dims=1)
-    assert (model(**batch).nelbo - output.nelbo).abs().max() > 1e-3
+    assert (model(**batch).token_nelbo - output.token_nelbo).abs().max() > 1e-3
 
 
 @implementations
@@ -115,13 +116,13 @@ def test_copies_do_not_see_each_other(attn_implementation):
     batch = noised_batch(model)
     # Of the middle copy alone the losses count.
     batch["loss_weights"][:, :LENGTH] = batch["loss_weights"][:, 2 * LENGTH :] = 0
-    nelbo = model(**batch).nelbo
+    nelbo = model(**batch).token_nelbo
     others, itself = batch["input_ids"].clone(), batch["input_ids"].clone()
     others[:, :LENGTH] = others[:, 2 * LENGTH :] = model.config.mask_token_id
-    torch.testing.assert_close(model(**{**batch, "input_ids": others}).nelbo, nelbo, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(**{**batch, "input_ids": others}).token_nelbo, nelbo, rtol=1e-4, atol=1e-5)
     itself[:, LENGTH + 1 : 2 * LENGTH] = model.config.mask_token_id
     counted = nelbo > 0
-    assert (model(**{**batch, "input_ids": itself}).nelbo - nelbo)[counted].abs().max() > 1e-2
+    assert (model(**{**batch, "input_ids": itself}).token_nelbo - nelbo)[counted].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name, size", [("loss_weights", LENGTH), ("input_ids", LENGTH + 1)])
@@ -132,28 +133,21 @@ def test_shapes_that_are_no_whole_number_of_copies_are_refused(name, size):
         model(**{**batch, name: batch[name][:, :size]})
 
 
-def test_the_block_mask_of_plain_texts_is_made_once_per_shape(monkeypatch):
-    flex = random_model(attn_implementation="flex_attention")
-    dense = random_model(attn_implementation="eager")
-    calls = []
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "flex_attention"])
+def test_the_mask_of_plain_texts_is_kept(attn_implementation):
+    size = (26, 4, 6, 1, attn_implementation, torch.float32, torch.device("cpu"))
+    assert plain_two_stream_mask(*size) is plain_two_stream_mask(*size)
+    assert plain_two_stream_mask(*size) is not plain_two_stream_mask(27, *size[1:])
 
-    def counted(*args):
-        calls.append(args)
-        return flex_block_mask(*args)
 
-    monkeypatch.setattr(attention_bd3lm, "flex_block_mask", counted)
-    # Other tests may have met these shapes.
-    attention_bd3lm.plain_two_stream_block_mask.__wrapped__.cache_clear()
-    for length, expected in ((26, 2), (26, 2), (22, 4)):
+@torch.no_grad()
+def test_the_kept_mask_is_that_of_the_same_text_with_its_padding_told():
+    flex, dense = (random_model(attn_implementation=name).train() for name in ("flex_attention", "eager"))
+    for length in (26, 22, 26):
         ids = torch.randint(22, (2, length), generator=torch.Generator().manual_seed(length))
         losses = []
         for model in (flex, dense):
-            torch.manual_seed(0)
-            with torch.no_grad():
-                losses.append(model(ids, labels=ids).loss)
-        torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
-        # One for the last layer, which has no clean queries, and one for the others.
-        assert len(calls) == expected
-    with torch.no_grad():
-        flex(ids, labels=ids, attention_mask=torch.ones_like(ids))
-    assert len(calls) == 6
+            for attention_mask in (None, torch.ones_like(ids)):
+                torch.manual_seed(0)
+                losses.append(model(ids, labels=ids, attention_mask=attention_mask).loss)
+        torch.testing.assert_close(torch.stack(losses), losses[0].expand(4), atol=1e-5, rtol=0)

@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.splits import SplitDict, SplitInfo
 
-from bd3lm_hf import corpora, data
 from bd3lm_hf.cli.train import DataArguments, _load_splits, train_arguments
-from bd3lm_hf.corpora import CORPORA, detokenize, load_corpus
+from bd3lm_hf.data import corpora
+from bd3lm_hf.data.corpora import CORPORA, detokenize, load_corpus
 
 
 PTB = {
@@ -203,7 +203,7 @@ def test_openwebtext_streams_from_the_hub_without_its_held_out_documents(small_o
         table.info.splits = SplitDict({"train": SplitInfo("train", num_examples=8)})
         return table
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for split, numbers in (("train", range(5)), ("validation", range(5, 8))):
         pages = [row["text"] for row in load_corpus("openwebtext", split, streaming=True)]
         assert pages == [f"page {number}" for number in numbers]
@@ -265,7 +265,7 @@ def test_a_name_is_looked_up_on_the_hub(monkeypatch, corpus, split, column, aske
         calls.append((args, kwargs))
         return Dataset.from_dict({column: [" = = = a , b . ", "c"], "other": ["", ""]})
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert texts(corpus, split) == [detokenize(text, corpus) for text in (" = = = a , b . ", "c")]
     ((args, kwargs),) = calls
     if isinstance(asked, tuple):
@@ -280,7 +280,7 @@ def test_another_dataset_of_the_hub_can_be_named_as_a_copy(monkeypatch):
         assert (args, split) == (("org/name", "v1"), "test")
         return Dataset.from_dict({"text": ["a , b ."]})
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert texts("org/name", "test", corpus="lm1b", dataset_config="v1") == ["a, b."]
 
 

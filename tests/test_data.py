@@ -2,11 +2,19 @@
 
 import json
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from bd3lm_hf import data
-from bd3lm_hf.data import draw_sequences, limit_bytes, load_documents, pack_documents, split_documents, train_tokenizer
+from bd3lm_hf.data.documents import (
+    _bytes_per_token,
+    draw_sequences,
+    limit_bytes,
+    load_documents,
+    pack_documents,
+    split_documents,
+)
+from bd3lm_hf.data.tokenization import train_tokenizer
 
 
 TEXTS = [
@@ -62,9 +70,9 @@ def test_bytes_of_the_sequences_add_up_to_the_corpus(documents, tokenizer):
 def test_bytes_are_counted_where_their_tokens_are():
     # "日" (3 bytes) in three tokens, "é" (2 bytes) in one, " a" in one; the last entry is EOS.
     offsets = [(0, 1), (0, 1), (0, 1), (1, 2), (2, 4)]
-    assert data._bytes_per_token("日é a", offsets).tolist() == [3, 0, 0, 2, 2, 0]
+    assert _bytes_per_token("日é a", offsets).tolist() == [3, 0, 0, 2, 2, 0]
     # A tokenizer that strips blanks covers them with no token.
-    assert data._bytes_per_token("ab \n", [(0, 2)]).tolist() == [2, 2]
+    assert _bytes_per_token("ab \n", [(0, 2)]).tolist() == [2, 2]
 
 
 def test_special_tokens_spelled_out_in_a_text_are_ordinary_text(tokenizer):
@@ -105,8 +113,8 @@ def test_a_stream_is_packed_as_a_table_is(documents, tokenizer, drop_remainder):
 
 
 def test_a_stream_is_read_only_as_far_as_it_is_needed(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "TOKENIZE_BATCH_SIZE", 2)
-    monkeypatch.setattr(data, "STREAM_PACK_BATCH_SIZE", 4)
+    monkeypatch.setattr("bd3lm_hf.data.documents.TOKENIZE_BATCH_SIZE", 2)
+    monkeypatch.setattr("bd3lm_hf.data.documents.STREAM_PACK_BATCH_SIZE", 4)
     read = []
 
     def texts():
@@ -120,7 +128,7 @@ def test_a_stream_is_read_only_as_far_as_it_is_needed(tokenizer, monkeypatch):
 
 
 def test_each_batch_of_documents_is_packed_by_itself(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "STREAM_PACK_BATCH_SIZE", 2)
+    monkeypatch.setattr("bd3lm_hf.data.documents.STREAM_PACK_BATCH_SIZE", 2)
     texts = [f"document {number} " * 4 for number in range(6)]
     sequences = list(pack_documents(stream(texts), tokenizer, 16, drop_remainder=False))
     expected = [
@@ -155,7 +163,7 @@ def test_a_hub_dataset_streams(monkeypatch):
         assert streaming
         return stream(["x", None, "y"])
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert list(load_documents("org/name", streaming=True)) == [{"text": "x"}, {"text": None}, {"text": "y"}]
 
 
@@ -201,7 +209,7 @@ def test_a_hub_dataset_is_asked_for_with_its_configuration_and_split(monkeypatch
         asked.append((args, kwargs))
         return Dataset.from_dict({"content": ["x", None, "y"]})
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     documents = load_documents("org/name", split="test", text_column="content", dataset_config="v1")
     assert asked == [(("org/name", "v1"), {"split": "test", "streaming": False})]
     assert documents["text"][:] == ["x", None, "y"]
@@ -209,9 +217,9 @@ def test_a_hub_dataset_is_asked_for_with_its_configuration_and_split(monkeypatch
 
 def test_a_hub_dataset_that_cannot_be_loaded_says_what_was_asked_for(monkeypatch):
     def load_dataset(*args, **kwargs):
-        raise data.datasets.exceptions.DatasetNotFoundError("no such dataset")
+        raise datasets.exceptions.DatasetNotFoundError("no such dataset")
 
-    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(ValueError, match="data='org/name' is no file or folder .*split='train'.*no such dataset"):
         load_documents("org/name")
 

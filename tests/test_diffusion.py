@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from bd3lm_hf.modeling.diffusion_bd3lm import (
+from bd3lm_hf.modeling.diffusion_block_diffusion import (
     NOISE_SCHEDULES,
     forward_process,
     sample_timesteps,
@@ -223,7 +223,7 @@ class TestSubs:
         odds = log_probs[masked][:, :5] - log_probs[masked][:, :1]
         torch.testing.assert_close(odds, logits[masked][:, :5] - logits[masked][:, :1])
 
-    def test_a_revealed_token_stays_with_certainty(self):
+    def test_a_revealed_token_stays_with_confidence(self):
         _, x_t, log_probs = self.log_probs()
         revealed = x_t != self.mask_token_id
         assert torch.equal(log_probs.exp()[revealed], torch.nn.functional.one_hot(x_t[revealed], 6).float())

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from training_script import random_lengths, read_log, train
 
 from bd3lm_hf import BD3LMForMaskedLM
-from bd3lm_hf.checks import check_fsdp_plugin
-from bd3lm_hf.ema import AveragedWeights
+from bd3lm_hf.training.checks import check_fsdp_plugin
+from bd3lm_hf.training.ema import AveragedWeights
 
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

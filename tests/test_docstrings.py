@@ -10,9 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pages import DOCS
 
 import bd3lm_hf
-from bd3lm_hf import harness
+from bd3lm_hf.evaluation.harness import BD3LMHarness
 
 
 PACKAGE = Path(bd3lm_hf.__file__).parent
@@ -22,7 +23,11 @@ MODULES = sorted(
     for path in folder.rglob("*.py")
     if path.stem != "__main__"
 )
-PUBLIC = {name: getattr(bd3lm_hf, name) for name in bd3lm_hf.__all__} | {"BD3LMHarness": harness.BD3LMHarness}
+# Where what the pages of the API describe is defined.
+PATHS = [path for page in (DOCS / "api").glob("*.md") for path in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+DEFINED_IN = {name: module for module, _, name in (path.rpartition(".") for path in PATHS)}
+PUBLIC = {name: getattr(importlib.import_module(module), name) for name, module in DEFINED_IN.items()}
+PUBLIC |= {name: getattr(bd3lm_hf, name) for name in bd3lm_hf.__all__} | {"BD3LMHarness": BD3LMHarness}
 # Brackets around names, numbers and their products: [batch, length], [2 * length], [B].
 SHAPE = re.compile(r"\[(?:[A-Za-z0-9_.]+(?: [-+*x/] [A-Za-z0-9_.]+)*(?: or |, | )?)+\]")
 
@@ -138,7 +143,7 @@ def test_public_constants_say_what_they_are():
     for name, thing in PUBLIC.items():
         if inspect.isclass(thing) or inspect.isfunction(thing):
             continue
-        lines = inspect.getsource(importlib.import_module(f"bd3lm_hf.{bd3lm_hf._MODULES[name]}")).splitlines()
+        lines = inspect.getsource(importlib.import_module(DEFINED_IN[name])).splitlines()
         index = next(index for index, line in enumerate(lines) if re.match(rf"{name}\b.* = ", line))
         if not lines[index - 1].startswith("# "):
             unsaid.append(name)

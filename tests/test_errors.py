@@ -7,7 +7,8 @@ import torch
 from conftest import random_model, tiny_config
 from transformers import DynamicCache, StaticCache
 
-from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig, sample_timesteps
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig
+from bd3lm_hf.modeling.diffusion_block_diffusion import sample_timesteps
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_fields_given_on_loading_are_checked_like_those_of_a_new_configuration(t
         ({"sampler": "ancestral", "remask_cap": "a"}, "`remask_cap` must be a number in [0, 1], but got 'a'"),
         ({"sampler": ["x"]}, "`sampler` must be one of"),
         ({"sampler": "ancestral", "noise_schedule": "sqrt"}, "`noise_schedule` must be one of loglinear, square,"),
-        ({"sampler": "confidence", "certainty": "sure"}, "`certainty` must be one of probability, margin,"),
+        ({"sampler": "confidence", "confidence": "sure"}, "`confidence` must be one of probability, margin,"),
         (
             {"sampler": "entropy_bound", "entropy_bound": -0.1},
             "`entropy_bound` must be a number of nats >= 0, but got -0",
@@ -86,8 +87,8 @@ def test_fields_given_on_loading_are_checked_like_those_of_a_new_configuration(t
         ({"entropy_bound": 0.1}, "`entropy_bound` is an argument of the sampler 'entropy_bound', but got 0.1"),
         ({"remask_cap": 0.1}, "`remask_cap` is an argument of the sampler 'ancestral', but got 0.1"),
         (
-            {"sampler": "confidence", "confidence_threshold": 0.5, "certainty": "negative_entropy"},
-            "`confidence_threshold` is a probability or a margin, but got 0.5 with `certainty` 'negative_entropy'",
+            {"sampler": "confidence", "confidence_threshold": 0.5, "confidence": "negative_entropy"},
+            "`confidence_threshold` is a probability or a margin, but got 0.5 with `confidence` 'negative_entropy'",
         ),
         ({"infill": 1}, "`infill` must be True or False, but got 1"),
         ({"output_reveal": "all"}, "`output_reveal` must be True or False, but got 'all'"),

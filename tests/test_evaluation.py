@@ -14,10 +14,11 @@ from accelerate import PartialState
 from conftest import random_model, tiny_config
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
-from bd3lm_hf import NOISE_SCHEDULES, BD3LMForMaskedLM
-from bd3lm_hf.estimators import DrawnNoise, subset_noise
-from bd3lm_hf.evaluation import evaluate_likelihood, unigram_perplexity
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
+from bd3lm_hf import BD3LMForMaskedLM
+from bd3lm_hf.evaluation.estimators import DrawnNoise, subset_noise
+from bd3lm_hf.evaluation.likelihood import evaluate_likelihood, unigram_perplexity
+from bd3lm_hf.modeling.diffusion_block_diffusion import NOISE_SCHEDULES
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
 
 
 ESTIMATORS = ("exact", "stratified", "monte_carlo")

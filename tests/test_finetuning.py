@@ -9,8 +9,10 @@ from conftest import random_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from bd3lm_hf import BD3LMDataCollator, finetuning, pack_examples, prepare_finetuning, train_tokenizer
-from bd3lm_hf.tokenization import encode_prompts
+from bd3lm_hf import BD3LMDataCollator, prepare_finetuning, train_tokenizer
+from bd3lm_hf.data import finetuning
+from bd3lm_hf.data.finetuning import pack_examples
+from bd3lm_hf.data.tokenization import encode_prompts
 
 
 # ChatML, as it marks the answers, and as it does without.

@@ -8,7 +8,7 @@ import reference
 import torch
 from conftest import random_model
 
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, BlockNoise, FirstHittingSampler
+from bd3lm_hf.modeling.samplers_block_diffusion import SAMPLERS, BlockNoise, FirstHittingSampler
 
 
 # Ids 0, 1, 2 are the vocabulary, 3 is EOS, which is never sampled, and 4 is the mask token.

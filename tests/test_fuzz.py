@@ -39,8 +39,8 @@ def combination(seed):
             {"sampler": "ancestral", "denoising_steps": rng.randint(1, 6)},
             {"sampler": "ancestral", "denoising_steps": 4, "remask_cap": rng.random(), "noise_schedule": "cosine"},
             {"sampler": "confidence", "denoising_steps": rng.randint(1, block_size)},
-            {"sampler": "confidence", "confidence_threshold": rng.uniform(0.05, 1), "certainty": "margin"},
-            {"sampler": "confidence", "certainty": "negative_entropy"},
+            {"sampler": "confidence", "confidence_threshold": rng.uniform(0.05, 1), "confidence": "margin"},
+            {"sampler": "confidence", "confidence": "negative_entropy"},
             {"sampler": "entropy_bound", "entropy_bound": rng.uniform(0, 4)},
         ]
     )

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def harness(checkpoint):
-    from bd3lm_hf.harness import BD3LMHarness
+    from bd3lm_hf.evaluation.harness import BD3LMHarness
 
     return BD3LMHarness(checkpoint / "model", device="cpu", batch_size=3)
 
@@ -83,14 +83,14 @@ metric_list: [{metric: exact_match}]
 
 
 def run_command(arguments, folder, monkeypatch):
-    """Runs `python -m bd3lm_hf.harness` in this process, which spares importing everything once more."""
+    """Runs `python -m bd3lm_hf.evaluation.harness` in this process, which spares importing everything once more."""
     from lm_eval.api.registry import model_registry
 
     known = {name: target for name, target in model_registry.items() if name != "bd3lm"}
     monkeypatch.setattr(model_registry, "_objs", known)
-    monkeypatch.setattr(sys, "argv", ["bd3lm_hf.harness", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["bd3lm_hf.evaluation.harness", *map(str, arguments)])
     monkeypatch.chdir(folder)
-    runpy.run_module("bd3lm_hf.harness", run_name="__main__")
+    runpy.run_module("bd3lm_hf.evaluation.harness", run_name="__main__")
 
 
 def test_the_command_agrees_with_bd3lm_evaluate_on_a_local_task(checkpoint, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_command_agrees_with_bd3lm_evaluate_on_a_local_task(checkpoint, tmp_
 @pytest.mark.parametrize("estimator", ["exact", "stratified", "monte_carlo"])
 @pytest.mark.parametrize("score_eos", [True, False])
 def test_rolling_log_likelihood_is_the_nelbo_of_each_document(checkpoint, harness, estimator, score_eos):
-    from bd3lm_hf.harness import BD3LMHarness
+    from bd3lm_hf.evaluation.harness import BD3LMHarness
 
     tokenizer, model = harness.tokenizer, harness.model
     lm = BD3LMHarness(checkpoint / "model", device="cpu", batch_size=3, estimator=estimator, score_eos=score_eos)
@@ -192,7 +192,7 @@ def test_generation_is_greedy_stops_at_strings_and_does_not_depend_on_the_batch(
 
 
 def test_special_tokens_of_a_text_are_text_and_those_of_a_chat_are_not(checkpoint):
-    from bd3lm_hf.harness import BD3LMHarness
+    from bd3lm_hf.evaluation.harness import BD3LMHarness
 
     lm = BD3LMHarness(checkpoint / "model", device="cpu")
     bos, eos = lm.prefix_token_id, lm.eot_token_id
@@ -214,14 +214,14 @@ def test_special_tokens_of_a_text_are_text_and_those_of_a_chat_are_not(checkpoin
     ],
 )
 def test_arguments_out_of_range_are_refused(checkpoint, arguments, message):
-    from bd3lm_hf.harness import BD3LMHarness
+    from bd3lm_hf.evaluation.harness import BD3LMHarness
 
     with pytest.raises(ValueError, match=message):
         BD3LMHarness(checkpoint / "model", device="cpu", **arguments)
 
 
 def test_without_the_harness_the_error_names_the_extra(monkeypatch):
-    monkeypatch.delitem(sys.modules, "bd3lm_hf.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "bd3lm_hf.evaluation.harness", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match=r"needs lm-evaluation-harness: pip install 'bd3lm-hf\[lm-eval\]'"):
-        importlib.import_module("bd3lm_hf.harness")
+        importlib.import_module("bd3lm_hf.evaluation.harness")

@@ -16,16 +16,16 @@ from bd3lm_hf import BD3LMForMaskedLM, BD3LMModel
 
 
 SOURCES = {
-    "attention_bd3lm.py",
+    "attention_block_diffusion.py",
     "configuration_bd3lm.py",
-    "denoising_bd3lm.py",
-    "diffusion_bd3lm.py",
-    "generation_bd3lm.py",
-    "layers_bd3lm.py",
-    "linear_bd3lm.py",
-    "loss_bd3lm.py",
+    "denoising_block_diffusion.py",
+    "diffusion_block_diffusion.py",
+    "generation_block_diffusion.py",
+    "loss_block_diffusion.py",
+    "network_block_diffusion.py",
+    "two_stream_block_diffusion.py",
     "modeling_bd3lm.py",
-    "samplers_bd3lm.py",
+    "samplers_block_diffusion.py",
 }
 
 

@@ -9,8 +9,8 @@ from conftest import random_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf import BD3LMForMaskedLM
-from bd3lm_hf.modeling import loss_bd3lm
-from bd3lm_hf.modeling.loss_bd3lm import subs_loss
+from bd3lm_hf.modeling import loss_block_diffusion
+from bd3lm_hf.modeling.loss_block_diffusion import chunked_nats, token_nats
 
 
 # How many standard errors an average may lie from its expectation: with 100 batches, about 1 false alarm in 10,000.
@@ -50,7 +50,11 @@ def estimates(model, x_0, batch_size=250, seed=0, **kwargs):
     """Mean over each of NUM_BATCHES batches of copies of x_0 of the loss per text, [NUM_BATCHES, L] in nats."""
     torch.manual_seed(seed)
     copies = x_0.expand(batch_size, -1)
-    batches = [model(input_ids=copies, labels=copies, **kwargs).nelbo.double().mean(0) for _ in range(NUM_BATCHES)]
+    # In evaluation mode the same text meets the same noise.
+    model.train()
+    batches = [
+        model(input_ids=copies, labels=copies, **kwargs).token_nelbo.double().mean(0) for _ in range(NUM_BATCHES)
+    ]
     return torch.stack(batches)
 
 
@@ -137,7 +141,7 @@ class TestAutoregressiveCase:
             log_probs = reference.subs_log_probs(model(input_ids=ids).logits.double(), ids, mask)
             expected[:, i] = -log_probs[:, -1].gather(-1, x_0[:, i : i + 1]).squeeze(-1)
         output = model(input_ids=x_0, labels=x_0, noise_interval=(1.0, 1.0))
-        torch.testing.assert_close(output.nelbo.double(), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(output.token_nelbo.double(), expected, rtol=0, atol=2e-5)
         assert output.loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
 
     @torch.no_grad()
@@ -166,8 +170,8 @@ class TestWhichTokensCount:
         predicted = labels != -100
         _, _, x_t = recorded_draws[-1]
         assert torch.equal(x_t == model.config.mask_token_id, predicted)
-        assert torch.equal(output.nelbo > 0, predicted)
-        assert output.loss.item() == pytest.approx(output.nelbo.sum().item() / predicted.sum().item(), rel=1e-6)
+        assert torch.equal(output.token_nelbo > 0, predicted)
+        assert output.loss.item() == pytest.approx(output.token_nelbo.sum().item() / predicted.sum().item(), rel=1e-6)
 
     @torch.no_grad()
     def test_a_prompt_of_minus_100_is_still_read(self, model):
@@ -176,14 +180,16 @@ class TestWhichTokensCount:
         labels[:, :6] = -100
         other = x_0.clone()
         other[:, 5] = (other[:, 5] + 1) % (model.config.vocab_size - 1)
-        first, second = (model(input_ids=ids, labels=labels, noise_interval=(1.0, 1.0)).nelbo for ids in (x_0, other))
+        first, second = (
+            model(input_ids=ids, labels=labels, noise_interval=(1.0, 1.0)).token_nelbo for ids in (x_0, other)
+        )
         assert (first - second)[:, 6:].abs().max() > 1e-3
 
     @torch.no_grad()
     def test_the_targets_are_the_labels_and_the_text_is_what_is_read(self, model):
         x_0 = text(model, 16)
         labels = (x_0 + 1) % (model.config.vocab_size - 1)
-        nelbo = model(input_ids=x_0, labels=labels, noise_interval=(1.0, 1.0)).nelbo
+        nelbo = model(input_ids=x_0, labels=labels, noise_interval=(1.0, 1.0)).token_nelbo
         x_t = torch.full_like(x_0, model.config.mask_token_id)
         x_t[:, 0] = x_0[:, 0]
         logits = reference.two_stream_logits(model.state_dict(), model.config, x_t, x_0)
@@ -204,11 +210,11 @@ class TestWhichTokensCount:
             labels=x_0.masked_fill(attention_mask == 0, -100),
             noise_interval=(1.0, 1.0),
         )
-        counted = (output.nelbo > 0).sum(-1)
+        counted = (output.token_nelbo > 0).sum(-1)
         assert torch.equal(counted, real - 1 if ignore_bos else real)
-        first = output.nelbo[torch.arange(3), 10 - real]
+        first = output.token_nelbo[torch.arange(3), 10 - real]
         assert (first > 0).tolist() == [not ignore_bos] * 3
-        assert output.loss.item() == pytest.approx(output.nelbo.sum().item() / counted.sum().item(), rel=1e-6)
+        assert output.loss.item() == pytest.approx(output.token_nelbo.sum().item() / counted.sum().item(), rel=1e-6)
 
     @torch.no_grad()
     def test_num_items_in_batch_replaces_the_denominator(self, model):
@@ -217,7 +223,7 @@ class TestWhichTokensCount:
         for num_items in (None, 7, torch.tensor(70)):
             torch.manual_seed(0)
             losses.append(model(input_ids=x_0, labels=x_0, num_items_in_batch=num_items))
-        total = losses[0].nelbo.sum().item()
+        total = losses[0].token_nelbo.sum().item()
         assert losses[0].loss.item() == pytest.approx(total / (2 * 17), rel=1e-6)
         assert losses[1].loss.item() == pytest.approx(total / 7, rel=1e-6)
         assert losses[2].loss.item() == pytest.approx(total / 70, rel=1e-6)
@@ -239,8 +245,8 @@ class TestWhichTokensCount:
             noise_interval=(1.0, 1.0),
         )
         assert output.loss.item() == pytest.approx(alone.loss.item(), rel=1e-5)
-        torch.testing.assert_close(output.nelbo[is_real.bool()], alone.nelbo[0], rtol=0, atol=2e-5)
-        assert not output.nelbo[is_real == 0].any()
+        torch.testing.assert_close(output.token_nelbo[is_real.bool()], alone.token_nelbo[0], rtol=0, atol=2e-5)
+        assert not output.token_nelbo[is_real == 0].any()
 
     def test_the_mask_token_as_a_label_is_refused(self, model):
         x_0 = text(model, 8)
@@ -283,7 +289,7 @@ class TestWhichTimes:
         x_0 = text(model, 32, batch_size=64)
         torch.manual_seed(0)
         with torch.no_grad():
-            nelbo = model(input_ids=x_0, labels=x_0, **kwargs).nelbo
+            nelbo = model(input_ids=x_0, labels=x_0, **kwargs).token_nelbo
         return math.log(model.config.vocab_size - 1) / nelbo[nelbo > 0].double()
 
     def test_training_draws_from_the_interval_of_the_config(self):
@@ -333,24 +339,23 @@ class TestCost:
 
     def test_training_makes_logits_only_where_a_token_is_masked(self):
         numel, output = self.largest(self.model())
-        num_masked = (output.nelbo > 0).sum().item()
+        num_masked = (output.token_nelbo > 0).sum().item()
         assert 0 < num_masked < 0.7 * self.batch_size * self.length
         assert output.logits is None
-        # Their number is rounded up, by an eighth at most.
-        assert numel <= 1.125 * num_masked * self.vocab_size < self.batch_size * self.length * self.vocab_size
+        assert numel <= num_masked * self.vocab_size < self.batch_size * self.length * self.vocab_size
 
     def test_a_denoising_pass_makes_all_of_them(self):
         numel, _ = self.largest(self.model(), labels=None)
         assert numel == self.batch_size * self.length * self.vocab_size
 
     def test_logits_are_made_in_chunks_of_a_bounded_size(self, monkeypatch):
-        monkeypatch.setattr(loss_bd3lm, "CHUNK_NUMEL", 20 * self.vocab_size)
+        monkeypatch.setattr(loss_block_diffusion, "CHUNK_NUMEL_ON_CPU", 20 * self.vocab_size)
         numel, _ = self.largest(self.model(), noise_interval=(1.0, 1.0))
         # What is left are the weights and activations.
         assert numel <= max(20 * self.vocab_size, self.vocab_size * 32)
 
 
-class TestSubsLoss:
+class TestTokenNats:
     """The loss of hidden states against plain autograd through dense log-probabilities."""
 
     mask_token_id = 3
@@ -365,27 +370,30 @@ class TestSubsLoss:
         targets[::3] = 7
         return hidden, targets, torch.rand(50, generator=generator) * 10, projection
 
-    def dense(self, hidden, targets, weights, projection):
-        logits = projection(hidden.double()) if projection.weight.dtype == torch.float64 else projection(hidden)
+    def dense(self, hidden, targets, projection):
+        logits = projection(hidden)
         kept = torch.arange(11) != self.mask_token_id
         log_normaliser = torch.logsumexp(logits[:, kept], dim=-1)
-        nats = log_normaliser - logits.gather(-1, targets[:, None]).squeeze(-1)
-        return (nats * weights).sum(), nats
+        return log_normaliser - logits.gather(-1, targets[:, None]).squeeze(-1)
+
+    def assert_equal_gradients(self, nats, expected, weights, inputs):
+        """Under a weight for each token, as nobody knows it before the backward pass."""
+        actual = torch.autograd.grad((3 * weights * nats).sum(), inputs)
+        wanted = torch.autograd.grad((3 * weights * expected).sum(), inputs)
+        for gradient, reference_gradient in zip(actual, wanted, strict=True):
+            torch.testing.assert_close(gradient, reference_gradient, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("chunk_rows", [1, 7, 50, 1000])
     @pytest.mark.parametrize("bias", [True, False])
-    def test_value_and_gradients_whatever_the_chunk(self, chunk_rows, bias, monkeypatch):
-        monkeypatch.setattr(loss_bd3lm, "CHUNK_NUMEL", chunk_rows * 11)
+    @pytest.mark.parametrize("function", [token_nats, chunked_nats])
+    def test_value_and_gradients_whatever_the_chunk(self, function, chunk_rows, bias, monkeypatch):
+        monkeypatch.setattr(loss_block_diffusion, "CHUNK_NUMEL_ON_CPU", chunk_rows * 11)
         hidden, targets, weights, projection = self.case(bias)
-        loss, nats = subs_loss(hidden, targets, weights, projection, self.mask_token_id)
-        inputs = [hidden, *projection.parameters()]
-        # A factor behind the loss reaches the gradients, as under gradient accumulation.
-        gradients = torch.autograd.grad(3 * loss, inputs)
-        expected, expected_nats = self.dense(hidden, targets, weights, projection)
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(nats, expected_nats)
-        for actual, wanted in zip(gradients, torch.autograd.grad(3 * expected, inputs), strict=True):
-            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+        chunk_size = (chunk_rows,) if function is chunked_nats else ()
+        nats = function(hidden, targets, projection, self.mask_token_id, *chunk_size)
+        expected = self.dense(hidden, targets, projection)
+        torch.testing.assert_close(nats, expected)
+        self.assert_equal_gradients(nats, expected, weights, [hidden, *projection.parameters()])
 
     def test_a_wrapped_projection_goes_through_its_own_forward(self):
         class Doubled(torch.nn.Linear):
@@ -395,22 +403,17 @@ class TestSubsLoss:
         hidden, targets, weights, plain = self.case()
         wrapped = Doubled(8, 11)
         wrapped.load_state_dict(plain.state_dict())
-        loss, nats = subs_loss(hidden, targets, weights, wrapped, self.mask_token_id)
         doubled = torch.nn.Linear(8, 11)
         doubled.load_state_dict({name: 2 * value for name, value in plain.state_dict().items()})
-        expected, expected_nats = self.dense(hidden, targets, weights, doubled)
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(nats, expected_nats)
-        (actual,), (wanted,) = torch.autograd.grad(loss, [hidden]), torch.autograd.grad(expected, [hidden])
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+        nats, expected = token_nats(hidden, targets, wrapped, self.mask_token_id), self.dense(hidden, targets, doubled)
+        torch.testing.assert_close(nats, expected)
+        self.assert_equal_gradients(nats, expected, weights, [hidden])
 
     def test_a_frozen_projection_passes_the_gradient_on(self):
         hidden, targets, weights, projection = self.case()
         projection.requires_grad_(False)
-        loss, _ = subs_loss(hidden, targets, weights, projection, self.mask_token_id)
-        expected, _ = self.dense(hidden, targets, weights, projection)
-        (actual,), (wanted,) = torch.autograd.grad(loss, [hidden]), torch.autograd.grad(expected, [hidden])
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+        nats = token_nats(hidden, targets, projection, self.mask_token_id)
+        self.assert_equal_gradients(nats, self.dense(hidden, targets, projection), weights, [hidden])
 
 
 @torch.no_grad()
@@ -419,7 +422,7 @@ def test_the_loss_of_a_half_precision_model_is_accumulated_in_float32():
     model = know_nothing_model(ignore_bos=False).to(torch.bfloat16).eval()
     x_0 = text(model, 64, batch_size=64)
     output = model(input_ids=x_0, labels=x_0, noise_interval=(1.0, 1.0))
-    assert output.loss.dtype == output.nelbo.dtype == torch.float32
+    assert output.loss.dtype == output.token_nelbo.dtype == torch.float32
     assert output.loss.item() == pytest.approx(math.log(model.config.vocab_size - 1), rel=1e-6)
 
 

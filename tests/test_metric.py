@@ -9,7 +9,9 @@ from conftest import random_model
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bd3lm_hf import NELBO_METRIC, encode_documents, evaluate_likelihood, train_tokenizer
+from bd3lm_hf import evaluate_likelihood, train_tokenizer
+from bd3lm_hf.data.tokenization import encode_documents
+from bd3lm_hf.evaluation.likelihood import NELBO_METRIC
 
 
 TEXTS = ["one two three four", "", "five six seven eight nine ten", "zéro"]

@@ -8,8 +8,9 @@ import reference
 import torch
 from conftest import tiny_config
 
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
-from bd3lm_hf.noise import NoiseSampler, binomial_probabilities, masked_count_law
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
+from bd3lm_hf.noise.counts import binomial_probabilities, masked_count_law
+from bd3lm_hf.noise.sampler import NoiseSampler
 
 
 # How many standard errors an average may lie from its expectation: with 40 batches, about 3 false alarms in 10,000.

@@ -24,7 +24,8 @@ assert installed in Path(bd3lm_hf.__file__).parents, bd3lm_hf.__file__
 assert not [entry for entry in sys.path if Path(entry).resolve() == checkout], sys.path
 
 from transformers import AutoModelForMaskedLM
-from bd3lm_hf.model_card import TEMPLATE_FILE
+from bd3lm_hf.evaluation.likelihood import NELBO_METRIC
+from bd3lm_hf.hub.model_card import TEMPLATE_FILE
 
 config = bd3lm_hf.BD3LMConfig(
     vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, cond_dim=8, block_size=4
@@ -35,7 +36,7 @@ model.save_pretrained("saved")
 remote = AutoModelForMaskedLM.from_pretrained("saved", trust_remote_code=True)
 ids = model.dummy_inputs["input_ids"] % 31
 assert remote.generate(ids[:1, :3], max_new_tokens=6).shape == (1, 9)
-assert Path(bd3lm_hf.NELBO_METRIC).exists() and TEMPLATE_FILE.exists()
+assert Path(NELBO_METRIC).exists() and TEMPLATE_FILE.exists()
 print(*sorted(path.name for path in Path("saved").glob("*.py")))
 """
 # Neither what others have put into the checkout nor what they are writing there is part of what is built.

@@ -249,7 +249,7 @@ def test_the_checkpoint_carries_the_pipeline_and_hands_it_on(saved, fill, tmp_pa
     entry = json.loads((saved / "config.json").read_text())["custom_pipelines"]
     assert entry == {
         "text-infilling": {
-            "impl": "infilling_bd3lm.TextInfillingPipeline",
+            "impl": "infilling_block_diffusion.TextInfillingPipeline",
             "pt": ["AutoModelForMaskedLM"],
             "type": "text",
         }
@@ -258,7 +258,7 @@ def test_the_checkpoint_carries_the_pipeline_and_hands_it_on(saved, fill, tmp_pa
     fill.save_pretrained(tmp_path / "pipeline")
     for folder in (tmp_path / "again", tmp_path / "pipeline"):
         assert json.loads((folder / "config.json").read_text())["custom_pipelines"] == entry
-        assert (folder / "infilling_bd3lm.py").is_file()
+        assert (folder / "infilling_block_diffusion.py").is_file()
 
 
 def test_the_checkpoint_fills_gaps_without_the_package(saved, fill, tmp_path):

@@ -9,15 +9,9 @@ import pytest
 import torch
 from conftest import random_model
 
-from bd3lm_hf import (
-    loss_variance,
-    plot_attention_pattern,
-    plot_denoising,
-    plot_noise_schedules,
-    plot_training,
-    train_tokenizer,
-)
+from bd3lm_hf import plot_attention_pattern, plot_denoising, plot_noise_schedules, plot_training, train_tokenizer
 from bd3lm_hf.cli import main
+from bd3lm_hf.plots import loss_variance
 
 
 pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'bd3lm-hf[plots]'")
@@ -101,7 +95,7 @@ def test_the_variance_of_linear_masking_is_what_integration_by_hand_gives(interv
 
 @pytest.mark.parametrize("schedule", ["square", "square_root", "log", "cosine"])
 def test_the_variance_of_a_schedule_is_that_of_draws(schedule):
-    from bd3lm_hf import NOISE_SCHEDULES
+    from bd3lm_hf.modeling.diffusion_block_diffusion import NOISE_SCHEDULES
 
     generator = torch.Generator().manual_seed(0)
     t = 0.3 + 0.6 * torch.rand(400_000, generator=generator, dtype=torch.float64)

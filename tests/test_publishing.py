@@ -18,9 +18,9 @@ from publisher import DATASET, DATASET_REVISION
 
 from bd3lm_hf import SAMPLERS, BD3LMTrainer, BD3LMTrainingArguments, push_to_hub
 from bd3lm_hf.cli import main
-from bd3lm_hf.hub import prepare_files, published_files
-from bd3lm_hf.model_card import SAMPLER_TABLE, TEMPLATE_FILE, create_model_card
-from bd3lm_hf.training_summary import SUMMARY_FILE, TrainingSummary
+from bd3lm_hf.hub.model_card import SAMPLER_TABLE, TEMPLATE_FILE, create_model_card
+from bd3lm_hf.hub.publishing import prepare_files, published_files
+from bd3lm_hf.hub.training_summary import SUMMARY_FILE, TrainingSummary
 
 
 HERE = Path(__file__).parent
@@ -411,4 +411,4 @@ def test_what_the_card_claims_follows_from_the_arguments(
 def test_the_wheel_ships_the_template_of_the_card(tmp_path):
     command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True)
-    assert (tmp_path / "bd3lm_hf" / TEMPLATE_FILE.name).read_text() == TEMPLATE_FILE.read_text()
+    assert (tmp_path / "bd3lm_hf" / "hub" / TEMPLATE_FILE.name).read_text() == TEMPLATE_FILE.read_text()

@@ -10,9 +10,9 @@ from conftest import random_model
 from datasets import Dataset
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
-from bd3lm_hf import generative_perplexity, sample_statistics, train_tokenizer
+from bd3lm_hf import generative_perplexity, train_tokenizer
 from bd3lm_hf.cli import main
-from bd3lm_hf.quality import distinct, repetition, token_entropy
+from bd3lm_hf.evaluation.quality import distinct, repetition, sample_statistics, token_entropy
 
 
 WINDOW = 24

@@ -11,7 +11,7 @@ import torch
 from conftest import random_model
 
 from bd3lm_hf import load_documents, train_tokenizer
-from bd3lm_hf.evaluation import evaluate_likelihood
+from bd3lm_hf.evaluation.likelihood import evaluate_likelihood
 from benchmarks import quality
 from benchmarks.infilling import (
     MOST_TOKENS,

@@ -18,7 +18,13 @@ from test_first_hitting import (
 )
 
 from bd3lm_hf import BD3LMGenerationConfig
-from bd3lm_hf.modeling.samplers_bd3lm import SAMPLERS, AncestralSampler, BlockNoise, ConfidenceSampler, Sampler
+from bd3lm_hf.modeling.samplers_block_diffusion import (
+    SAMPLERS,
+    AncestralSampler,
+    BlockNoise,
+    ConfidenceSampler,
+    Sampler,
+)
 
 
 PROMPT, LENGTH = [0, 2], 4
@@ -158,7 +164,7 @@ class TestForwards:
 
     def test_an_entropy_bound_of_nothing_reveals_the_most_certain_token_alone(self, larger):
         bound = self.run(larger, sampler="entropy_bound", entropy_bound=0.0)
-        one_by_one = self.run(larger, sampler="confidence", certainty="negative_entropy")
+        one_by_one = self.run(larger, sampler="confidence", confidence="negative_entropy")
         assert torch.equal(bound.sequences, one_by_one.sequences)
         assert bound.num_forward_passes.tolist() == [32, 32, 32]
 
@@ -177,12 +183,12 @@ class TestForwards:
             steps = self.run(larger, sampler="confidence", denoising_steps=number)
             assert torch.equal(steps.sequences, threshold.sequences)
 
-    @pytest.mark.parametrize("certainty", ["probability", "margin", "negative_entropy"])
-    def test_each_certainty_reveals_in_an_order_of_its_own(self, larger, certainty):
-        others = {"probability", "margin", "negative_entropy"} - {certainty}
-        mine = self.run(larger, sampler="confidence", denoising_steps=8, certainty=certainty).sequences
+    @pytest.mark.parametrize("confidence", ["probability", "margin", "negative_entropy"])
+    def test_each_confidence_reveals_in_an_order_of_its_own(self, larger, confidence):
+        others = {"probability", "margin", "negative_entropy"} - {confidence}
+        mine = self.run(larger, sampler="confidence", denoising_steps=8, confidence=confidence).sequences
         for other in others:
-            theirs = self.run(larger, sampler="confidence", denoising_steps=8, certainty=other).sequences
+            theirs = self.run(larger, sampler="confidence", denoising_steps=8, confidence=other).sequences
             assert not torch.equal(mine, theirs)
 
 
@@ -221,9 +227,9 @@ class TestEntropyBound:
     def test_the_revealed_set_is_the_largest_within_the_bound(self):
         entropy = torch.tensor([[0.5, 0.1, 3.0, 0.2], [1.0, 1.0, 1.0, 1.0]])
         candidates = torch.tensor([[True, True, True, True], [True, False, True, True]])
-        certainty = (-entropy).masked_fill(~candidates, -torch.inf)
+        confidence = (-entropy).masked_fill(~candidates, -torch.inf)
         revealed = {
-            bound: SAMPLERS["entropy_bound"](bound).reveal(candidates, certainty) for bound in (0.0, 0.1, 0.3, 1.0)
+            bound: SAMPLERS["entropy_bound"](bound).reveal(candidates, confidence) for bound in (0.0, 0.1, 0.3, 1.0)
         }
         # Row 0 in order: 0.1, 0.2, 0.5, 3.0; the sum less the largest: 0, 0.1, 0.3, 0.8.
         assert {bound: mask[0].tolist() for bound, mask in revealed.items()} == {

@@ -14,7 +14,7 @@ SAMPLERS = {
     "ancestral": {"denoising_steps": 3},
     "remasking": {"sampler": "ancestral", "denoising_steps": 3, "remask_cap": 0.5},
     "confidence": {"denoising_steps": 2},
-    "threshold": {"sampler": "confidence", "confidence_threshold": 0.1, "certainty": "margin"},
+    "threshold": {"sampler": "confidence", "confidence_threshold": 0.1, "confidence": "margin"},
     "entropy_bound": {"entropy_bound": 2.0},
 }
 

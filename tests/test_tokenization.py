@@ -7,8 +7,8 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bd3lm_hf import tokenization
-from bd3lm_hf.tokenization import (
+from bd3lm_hf.data import tokenization
+from bd3lm_hf.data.tokenization import (
     check_tokenizer,
     encode_prompts,
     load_tokenizer,

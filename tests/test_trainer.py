@@ -23,10 +23,10 @@ from bd3lm_hf import (
     BD3LMTrainingArguments,
     NoiseSampler,
     evaluate_likelihood,
-    nelbo_variance,
-    noise_interval_grid,
     train_tokenizer,
 )
+from bd3lm_hf.evaluation.variance import nelbo_variance
+from bd3lm_hf.noise.intervals import noise_interval_grid
 
 
 STANDARD_ERRORS = 4

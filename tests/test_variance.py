@@ -8,16 +8,12 @@ import reference
 import torch
 from conftest import random_model, tiny_config
 
-from bd3lm_hf import (
-    BD3LMForMaskedLM,
-    Estimate,
-    NoiseSampler,
-    gradient_variance,
-    nelbo_variance,
-    noise_interval_grid,
-)
-from bd3lm_hf.modeling.text_bd3lm import TextBlocks
-from bd3lm_hf.variance import BlockLosses
+from bd3lm_hf import BD3LMForMaskedLM, NoiseSampler
+from bd3lm_hf.evaluation.block_losses import BlockLosses
+from bd3lm_hf.evaluation.estimate import Estimate
+from bd3lm_hf.evaluation.variance import gradient_variance, nelbo_variance
+from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
+from bd3lm_hf.noise.intervals import noise_interval_grid
 
 
 # How many standard errors a figure may lie from the true one: 1 false alarm in 16,000 for a normal error.

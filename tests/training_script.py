@@ -25,14 +25,14 @@ from accelerate.utils import DistributedType, patch_environment
 from conftest import random_model
 from transformers import TrainerCallback, TrainerState, modeling_utils
 
-import bd3lm_hf.ema
+import bd3lm_hf.training.ema
 from bd3lm_hf import BD3LMForMaskedLM, BD3LMTrainer, BD3LMTrainingArguments
 
 
 # Where each file of a checkpoint is written: the owner of a function that takes the path, and its name.
 WRITERS = {
     "model.safetensors": (modeling_utils, "safe_save_file"),
-    "ema.safetensors": (bd3lm_hf.ema, "save_file"),
+    "ema.safetensors": (bd3lm_hf.training.ema, "save_file"),
     "optimizer.pt": (torch, "save"),
     "rng_state.pth": (torch, "save"),
     "trainer_state.json": (TrainerState, "save_to_json"),

@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
 
     if args.space is not None:
-        from ..space import write_space
+        from ..hub.space import write_space
 
         write_space(args.space, *load_model(args), name=Path(args.model).name)
         print(f"saved to {args.space}; `hf upload USER/NAME {args.space} --repo-type space` uploads it")

@@ -53,8 +53,8 @@ def load_model(args: argparse.Namespace):
     """The model that the arguments name, in evaluation mode on its device, and its tokenizer."""
     import torch
 
+    from ..data.tokenization import check_tokenizer, load_tokenizer
     from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
-    from ..tokenization import check_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     model = BD3LMForMaskedLM.from_pretrained(

@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=int, help="Of a .ckpt that does not say it.")
     args = parser.parse_args(argv)
 
-    from ..conversion import convert_checkpoint
+    from ..hub.conversion import convert_checkpoint
 
     convert_checkpoint(
         args.source, args.destination, tokenizer=args.tokenizer, use_ema=args.use_ema, **given(args, sizes)

@@ -72,10 +72,10 @@ def run(argv: Sequence[str]) -> None:
 
     from accelerate import PartialState
 
-    from ..corpora import load_corpus
-    from ..data import draw_sequences, pack_documents
-    from ..evaluation import evaluate_likelihood, load_for_evaluation
-    from ..windows import encode_documents
+    from ..data.corpora import load_corpus
+    from ..data.documents import draw_sequences, pack_documents
+    from ..data.tokenization import encode_documents
+    from ..evaluation.likelihood import evaluate_likelihood, load_for_evaluation
 
     model, tokenizer = load_for_evaluation(
         args.model, **given(args, ["tokenizer", "device", "dtype", "attn_implementation"])
@@ -105,7 +105,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _estimator_name(name: str) -> str:
     # `choices` would import the estimators, and torch, to show the help.
-    from ..estimators import ESTIMATOR_NAMES
+    from ..evaluation.estimators import ESTIMATOR_NAMES
 
     if name not in ESTIMATOR_NAMES:
         raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(ESTIMATOR_NAMES)})")

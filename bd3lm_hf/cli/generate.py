@@ -34,7 +34,7 @@ GENERATION_ARGUMENTS = {
     "noise_schedule": (str, "When tokens are revealed: loglinear, square, square_root, log or cosine (ancestral)."),
     "remask_cap": (float, "Largest probability that a revealed token is masked again at a step (ancestral)."),
     "confidence_threshold": (float, "Reveal every token that is at least this certain (confidence)."),
-    "certainty": (str, "How sure the model is: probability, margin or negative_entropy (confidence)."),
+    "confidence": (str, "How sure the model is: probability, margin or negative_entropy (confidence)."),
     "entropy_bound": (
         float,
         "The most entropy of tokens revealed together, less the largest, in nats (entropy_bound).",
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
     from tqdm.auto import tqdm
     from transformers import TextDiffusionStreamer, set_seed
 
-    from ..tokenization import encode_prompts
+    from ..data.tokenization import encode_prompts
 
     model, tokenizer = load_model(args)
     if args.seed is not None:

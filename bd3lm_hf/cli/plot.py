@@ -85,8 +85,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _denoising(args: argparse.Namespace):
+    from ..data.tokenization import encode_prompts
     from ..plots import plot_denoising
-    from ..tokenization import encode_prompts
 
     model, tokenizer = load_model(args)
     options = given(

@@ -51,8 +51,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--dry_run", action="store_true", help="Print the files and the card, and publish nothing.")
     args = parser.parse_args(argv)
 
-    from ..hub import CARD_FILE, prepare_files, push_to_hub
-    from ..tokenization import load_tokenizer
+    from ..data.tokenization import load_tokenizer
+    from ..hub.publishing import CARD_FILE, prepare_files, push_to_hub
 
     options = given(args, ["base_model", "license", "language", "dataset", "tags", "widget_prompts"])
     if args.tokenizer is not None:

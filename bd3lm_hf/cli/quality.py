@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..quality import generative_perplexity, sample_statistics
+    from ..evaluation.quality import generative_perplexity, sample_statistics
 
     tokenizer = AutoTokenizer.from_pretrained(args.judge)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -72,8 +72,8 @@ def read_samples(path: str, text_column: str = "text") -> list[str]:
     Raises:
         ValueError: if there is no such file or column, it cannot be read or is not UTF-8, or holds no sample.
     """
-    from ..data import load_documents
-    from ..tables import TABLE_FORMATS
+    from ..data.documents import load_documents
+    from ..data.tables import TABLE_FORMATS
 
     if not Path(path).is_file():
         raise ValueError(f"samples={path!r} is no file; it takes a text file or a table")

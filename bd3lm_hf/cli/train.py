@@ -163,7 +163,7 @@ def train_arguments(argv: Sequence[str]) -> tuple:
     from transformers import HfArgumentParser
 
     from ..modeling.configuration_bd3lm import BD3LMConfig
-    from ..training_args import BD3LMTrainingArguments
+    from ..training.arguments import BD3LMTrainingArguments
 
     parser = make_parser(
         "train",
@@ -228,9 +228,9 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
     """
     from transformers import set_seed
 
-    from ..evaluation import unigram_perplexity
-    from ..tokenization import check_tokenizer
-    from ..trainer import BD3LMTrainer
+    from ..data.tokenization import check_tokenizer
+    from ..evaluation.likelihood import unigram_perplexity
+    from ..training.trainer import BD3LMTrainer
 
     set_seed(training_args.seed)
     checkpoint = _checkpoint_to_resume(training_args)
@@ -287,7 +287,7 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
 
 
 def _checkpoint_to_resume(training_args) -> str | None:
-    from ..checkpoints import check_complete, last_complete_checkpoint
+    from ..training.checkpoints import check_complete, last_complete_checkpoint
 
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint in ("last", "true", "True"):
@@ -300,8 +300,8 @@ def _checkpoint_to_resume(training_args) -> str | None:
 def _load_splits(data_args: DataArguments, seed: int):
     from datasets import DatasetDict, IterableDatasetDict
 
-    from ..corpora import load_corpus
-    from ..data import limit_bytes, load_table, split_documents
+    from ..data.corpora import load_corpus
+    from ..data.documents import limit_bytes, load_table, split_documents
 
     load, options = load_corpus, given(data_args, ["corpus", *SOURCE_OPTIONS])
     if data_args.examples is not None:
@@ -325,7 +325,7 @@ def _load_splits(data_args: DataArguments, seed: int):
 
 
 def _load_or_train_tokenizer(data_args, model_args, checkpoint, splits):
-    from ..tokenization import load_tokenizer, train_tokenizer
+    from ..data.tokenization import load_tokenizer, train_tokenizer
 
     name_or_path = data_args.tokenizer or checkpoint or model_args.model
     if name_or_path:
@@ -391,8 +391,8 @@ def _adapted(model, model_args: ModelArguments):
 
 def _sequences(splits, tokenizer, data_args: DataArguments, config, seed: int):
     """The training sequences and the held-out ones."""
-    from ..data import draw_sequences, pack_documents
-    from ..finetuning import pack_examples, prepare_finetuning
+    from ..data.documents import draw_sequences, pack_documents
+    from ..data.finetuning import pack_examples, prepare_finetuning
 
     length = config.max_position_embeddings if data_args.length is None else data_args.length
     if data_args.examples is not None:

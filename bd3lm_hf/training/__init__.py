@@ -1,1 +1,1 @@
-"""Training: arguments, trainers, and what they keep of a run."""
+"""`BD3LMTrainer` and what it takes, averages, resumes from, refuses and publishes."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from .. import BD3LMDataCollator
+from ..data.collators import BD3LMDataCollator
 
 
 try:
@@ -148,18 +147,16 @@ class BD3LMSFTTrainer(SFTTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any):
         """
-        Scores one batch under noise from the full interval.
+        Scores one batch under the noise that the model draws for its texts in evaluation.
 
         Returns:
             (None, the nats and the number of predicted tokens of each row [batch, 2], None).
         """
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager(), _fixed_noise(inputs["input_ids"]):
-            outputs = model(**inputs)
-        # The plain core calls it `token_nelbo`.
-        nats = outputs["token_nelbo" if "token_nelbo" in outputs else "nelbo"].sum(-1)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nelbo = model(**inputs).token_nelbo
         num_predicted = (inputs["labels"] != -100).sum(-1)
-        return None, torch.stack([nats, num_predicted.to(nats.dtype)], dim=-1), None
+        return None, torch.stack([nelbo.sum(-1), num_predicted.to(nelbo.dtype)], dim=-1), None
 
     def evaluation_loop(
         self,
@@ -223,20 +220,6 @@ class SFTDataCollator(DataCollatorForLanguageModeling):
             # TRL cuts off `input_ids` and `labels` alone.
             return {**example, "document_ids": example["document_ids"][: len(example["input_ids"])]}
         return example
-
-
-@contextlib.contextmanager
-def _fixed_noise(input_ids: torch.Tensor) -> Iterator[None]:
-    """
-    Within it random numbers are a function of these ids [batch, length]; after it they go on as before.
-
-    So an evaluation meets the noise that any other of the same batches met. (It can go once the model itself draws the
-    noise of evaluation from the text.)
-    """
-    device = input_ids.device
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(zlib.crc32(input_ids.cpu().numpy().tobytes()))
-        yield
 
 
 def _check_arguments(args: TrainingArguments | None, given: dict[str, Any], processing_class) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from bd3lm_hf import BD3LMForMaskedLM, forward_process, sample_timesteps
+from bd3lm_hf import BD3LMForMaskedLM
+from bd3lm_hf.modeling.diffusion_block_diffusion import forward_process, sample_timesteps
 
 from ..common import interleaved_medians
 from ..dense import two_stream_logits

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from bd3lm_hf import evaluate_likelihood, sample_statistics
+from bd3lm_hf import evaluate_likelihood
+from bd3lm_hf.evaluation.quality import sample_statistics
 
 from .experiment import cell, over_seeds, perplexity, run, table
 from .plots import save_figure

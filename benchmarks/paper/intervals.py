@@ -7,7 +7,7 @@ block size, the one that was trained with the search, and on the same batches.
 
 from collections.abc import Sequence
 
-from bd3lm_hf import FULL_NOISE_INTERVAL
+from bd3lm_hf.modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 
 from .experiment import cell, interval_name, is_positive, over_seeds, paired, perplexity, run, table
 from .noise import variances

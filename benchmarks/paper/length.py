@@ -16,8 +16,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from bd3lm_hf import BD3LMDataCollator, evaluate_likelihood, sample_statistics
-from bd3lm_hf.estimators import BlockDiffusionScorer, DrawnNoise, ExactNoise
+from bd3lm_hf import BD3LMDataCollator, evaluate_likelihood
+from bd3lm_hf.evaluation.estimators import BlockDiffusionScorer, DrawnNoise, ExactNoise
+from bd3lm_hf.evaluation.quality import sample_statistics
 
 from .experiment import cell, is_positive, over_seeds, paired, perplexity, run, table
 from .plots import save_figure

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from bd3lm_hf import BD3LMDataCollator, NoiseSampler, gradient_variance
-from bd3lm_hf.variance import BlockLosses
+from bd3lm_hf import BD3LMDataCollator, NoiseSampler
+from bd3lm_hf.evaluation.block_losses import BlockLosses
+from bd3lm_hf.evaluation.variance import gradient_variance
 
 from .workbench import Arm, Workbench
 

@@ -7,7 +7,7 @@ Each on the full interval, beside the loglinear one on clipped intervals. Varian
 
 from collections.abc import Sequence
 
-from bd3lm_hf import NOISE_SCHEDULES
+from bd3lm_hf.modeling.diffusion_block_diffusion import NOISE_SCHEDULES
 
 from .experiment import cell, is_positive, over_seeds, paired, perplexity, run, table
 from .noise import variances

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from bd3lm_hf import (
-    FULL_NOISE_INTERVAL,
     BD3LMConfig,
     BD3LMForMaskedLM,
     BD3LMTrainer,
@@ -38,8 +37,10 @@ from bd3lm_hf import (
     pack_documents,
     train_tokenizer,
 )
-from bd3lm_hf.callbacks import EMACallback, chosen_noise_intervals
-from bd3lm_hf.data import draw_sequences, limit_bytes
+from bd3lm_hf.data.documents import draw_sequences, limit_bytes
+from bd3lm_hf.modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
+from bd3lm_hf.noise.intervals import chosen_noise_intervals
+from bd3lm_hf.training.callbacks import EMACallback
 
 from .scales import MEASURING, Scale
 

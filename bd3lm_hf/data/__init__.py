@@ -1,0 +1,1 @@
+"""From texts, tables and chats to the batches that a model reads."""

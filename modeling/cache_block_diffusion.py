@@ -1,0 +1,170 @@
+"""The cache of clean blocks: what a pass adds to it, and the layer that holds a window of keys and values."""
+
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+
+class CommitCache(Cache):
+    """
+    A view of a cache whose `update` writes only the first `num_commit` incoming positions and returns all of them.
+
+    With 0 a denoising pass reads the cache and leaves it as is. With n, the pass over [n clean tokens ; noisy block]
+    commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
+
+    Args:
+        cache: a dynamic, static or dynamic sliding cache; others of Transformers' are called the same way. Static
+            sliding layers are refused.
+        num_commit: positions to write at each forward.
+    """
+
+    def __init__(self, cache: Cache, num_commit: int):
+        self.__dict__.update(vars(cache))
+        self.cache = cache
+        self.num_commit = num_commit
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.cache.get_mask_sizes(query_length, layer_idx)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        As `Cache.update`, but that all positions after the first `num_commit` are returned without being kept.
+
+        Args:
+            key_states, value_states: of the incoming positions [batch, heads, length, head_dim].
+            layer_idx: number of the layer.
+            args, kwargs: as the cache takes them.
+
+        Returns:
+            keys and values of the cached and the incoming positions [batch, heads, cached + length, head_dim].
+
+        Raises:
+            ValueError: a layer of the cache is static and sliding.
+        """
+        num_transient = key_states.shape[-2] - self.num_commit
+        if num_transient <= 0:
+            return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+        is_empty = layer is None or not layer.is_initialized
+        if self.num_commit == 0 and is_empty and not isinstance(layer, StaticLayer):
+            return key_states, value_states
+        if isinstance(layer, StaticSlidingWindowLayer):
+            raise ValueError(
+                "`cache` must not have static sliding layers, but got some; take `StaticCache` or `DynamicCache`."
+            )
+        if isinstance(layer, StaticLayer):
+            # The transient positions come after the committed ones, and the next write goes over them.
+            states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
+            layer.cumulative_length.sub_(num_transient)
+            return states
+        if isinstance(layer, WindowLayer) and not self.cache.offloading:
+            return layer.read(key_states, value_states, self.num_commit)
+        is_plain_layer = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        if self.num_commit == 0 and is_plain_layer and not self.cache.offloading:
+            cached_keys, cached_values = layer.keys, layer.values
+        else:
+            cached_keys, cached_values = self.cache.update(
+                key_states[:, :, : self.num_commit], value_states[:, :, : self.num_commit], layer_idx, *args, **kwargs
+            )
+        return (
+            torch.cat([cached_keys, key_states[:, :, self.num_commit :]], dim=-2),
+            torch.cat([cached_values, value_states[:, :, self.num_commit :]], dim=-2),
+        )
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """
+    A sliding layer of fixed capacity that is written in place, and whose window may be widened while it is in use.
+
+    Keys and values are views of buffers [batch, heads, capacity, head_dim]. Positions are added at their end, also the
+    transient ones of a denoising pass, which the next pass overwrites. When a buffer is full, the window moves to a new
+    one.
+    """
+
+    def __init__(self, window: int):
+        # Transformers counts the token that is being predicted as part of the window.
+        super().__init__(sliding_window=window + 1)
+        self._buffers: list[_Buffer] = []
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        num_held = self.keys.shape[-2] if self.cumulative_length else 0
+        return num_held + query_length, self.cumulative_length - num_held
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.cumulative_length = 0
+        self._buffers = []
+
+    def widen(self, window: int) -> None:
+        """Keeps at least so many positions from now on."""
+        self.sliding_window = max(self.sliding_window, window + 1)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read(key_states, value_states, key_states.shape[-2])
+
+    def read(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_commit: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything held, then all positions given [batch, heads, length, head_dim], of which the first are kept."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
+        if not self._buffers:
+            self._buffers = [_Buffer(), _Buffer()]
+        num_kept = self.keys.shape[-2] + num_commit
+        kept = slice(max(0, num_kept - self.sliding_window + 1), num_kept)
+        pairs = zip(self._buffers, (self.keys, self.values), (key_states, value_states))
+        full = tuple(buffer.extended(held, states) for buffer, held, states in pairs)
+        self.keys, self.values = (buffer.keep(states, kept) for buffer, states in zip(self._buffers, full))
+        self.cumulative_length += num_commit
+        return full
+
+
+class _Buffer:
+    """Memory for the keys or the values of a [`WindowLayer`], and which part of it the layer holds."""
+
+    def __init__(self):
+        self.memory: torch.Tensor | None = None
+        self.held: torch.Tensor | None = None
+        self.start = 0
+
+    def extended(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """`held`, then `states` [batch, heads, length, head_dim]: in place where `held` lies in a buffer with room."""
+        if torch.is_grad_enabled():
+            # What is kept for a gradient must not be overwritten.
+            self.memory = None
+            return torch.cat([held, states], dim=-2)
+        num_held = held.shape[-2]
+        length = num_held + states.shape[-2]
+        memory = self.memory
+        is_writable = (
+            memory is not None
+            # Methods of Transformers' caches put other tensors in its place: of rows reordered, say.
+            and self.held is held
+            and memory.dtype == states.dtype
+            and memory.shape[-2] >= self.start + length
+            and (torch.is_inference_mode_enabled() or not memory.is_inference())
+        )
+        if not is_writable:
+            shape = (*states.shape[:2], length + max(num_held // 4, 64), states.shape[-1])
+            dtype = torch.promote_types(held.dtype, states.dtype)
+            self.memory = memory = torch.empty(shape, dtype=dtype, device=states.device)
+            self.start = 0
+            memory[:, :, :num_held] = held
+        memory[:, :, self.start + num_held : self.start + length] = states
+        return memory[:, :, self.start : self.start + length]
+
+    def keep(self, states: torch.Tensor, kept: slice) -> torch.Tensor:
+        """The part of what `extended` returned that the layer holds from now on."""
+        self.start += kept.start
+        self.held = states[:, :, kept]
+        return self.held

@@ -1,0 +1,268 @@
+"""Denoising the blocks of a text one after the other: the passes over the network, and a record of what they gave."""
+
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationConfig, LogitsProcessorList
+
+from .attention_block_diffusion import PADDING_BLOCK, block_diffusion_mask, token_block_ids
+from .cache_block_diffusion import CommitCache
+from .diffusion_block_diffusion import sigma_from_mask_probability
+from .guidance_block_diffusion import Guidance
+from .prediction_block_diffusion import Prediction, TokenPredictor
+from .prefix_reuse_block_diffusion import CleanText, match_cache
+from .progress_block_diffusion import Canvas, RowProgress
+from .samplers_block_diffusion import BlockNoise, Sampler
+from .two_stream_block_diffusion import flagged_first
+
+
+class GenerationRecord:
+    """
+    What is noted of each generated token, as far as `generate` was asked for it.
+
+    Attributes:
+        num_forward_passes: forwards in which each row had masked tokens [batch].
+        scores, logits: those that each new token was drawn from, after and before the processors [new tokens, batch,
+            vocab]; or None.
+        reveal_steps: which of the row's forwards revealed each token, 0 for given ones, of the shape of the text; or
+            None.
+        token_probabilities: the model's probability of each token then, NaN for given ones; or None.
+    """
+
+    def __init__(self, canvas: Canvas, generation_config: GenerationConfig, vocab_size: int):
+        (batch_size, _), device = canvas.tokens.shape, canvas.tokens.device
+        self.prompt_width = canvas.prompt_width
+        self.num_forward_passes = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.scores = self.logits = self.reveal_steps = self.token_probabilities = None
+        if not generation_config.return_dict_in_generate:
+            return
+        shape = (canvas.num_new, batch_size, vocab_size)
+        if generation_config.output_scores:
+            self.scores = torch.full(shape, -torch.inf, device=device)
+        if generation_config.output_logits:
+            self.logits = torch.zeros(shape, device=device)
+        if generation_config.output_reveal:
+            self.reveal_steps = torch.zeros_like(canvas.tokens)
+            self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
+
+    def note_prediction(self, prediction: Prediction, candidates: torch.Tensor, columns: torch.Tensor) -> None:
+        """Counts a forward, and keeps what it gave for the `candidates`, bool [batch, block_size], at `columns`."""
+        self.num_forward_passes += candidates.any(-1)
+        if self.scores is None and self.logits is None:
+            return
+        row, index = candidates.nonzero()[:, 0], columns[candidates] - self.prompt_width
+        is_new = index >= 0
+        for kept, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
+            if kept is not None:
+                kept[index[is_new], row[is_new]] = values[is_new]
+
+    def note_reveal(self, prediction: Prediction, revealed: torch.Tensor, columns: torch.Tensor) -> None:
+        """Notes for each `revealed` token, bool [batch, block_size], the row's forward, and the token's probability."""
+        if self.reveal_steps is None:
+            return
+        for record, values in (
+            (self.reveal_steps, self.num_forward_passes[:, None].expand(columns.shape)),
+            (self.token_probabilities, prediction.probability),
+        ):
+            record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
+
+
+class Denoiser:
+    """
+    Denoises the blocks of a canvas: calls the model, keeps its cache, and asks the sampler.
+
+    Args:
+        model: a block diffusion language model; its `forward` is all that is known of it.
+        canvas: the text.
+        generation_config: a `BD3LMGenerationConfig`.
+        logits_processor: what changes the scores before tokens are drawn.
+        cache: None computes the text before a block anew at each forward.
+        guidance: classifier-free guidance, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        canvas: Canvas,
+        generation_config: GenerationConfig,
+        logits_processor: LogitsProcessorList,
+        cache: Cache | None,
+        guidance: Guidance | None = None,
+    ):
+        self.model = model
+        self.config = config = model.config
+        self.canvas = canvas
+        self.generation_config = generation_config
+        self.predictor = TokenPredictor(logits_processor, generation_config.do_sample, config.mask_token_id)
+        self.cache = cache
+        self.guidance = guidance
+        self.seeds = generation_config.row_seeds(canvas.tokens.shape[0])
+        self.record = GenerationRecord(canvas, generation_config, config.vocab_size)
+        prefix, length = canvas.clean_prefix(), canvas.num_clean
+        if guidance is not None:
+            prefix, length = guidance.with_unconditional_rows(prefix, length, canvas.prompt_length, canvas.block_size)
+        if cache is None:
+            self.text = CleanText.of_prompts(prefix, length)
+        else:
+            window = config.window_in_blocks * config.block_size
+            self.text = match_cache(cache, prefix, length, config.block_size, window, canvas.num_stages)
+            cache.clean_text = self.text
+        self._prepared: tuple[int, dict[str, torch.Tensor]] | None = None
+
+    def denoise_block(self, stage: int, progress: RowProgress) -> None:
+        """Reveals the tokens to fill in one block of every unfinished row."""
+        canvas = self.canvas
+        sampler = self.generation_config.make_sampler(canvas.block_size, self.config.noise_schedule)
+        columns = canvas.columns(stage)
+        block = canvas.tokens.gather(1, columns)
+        generated = canvas.to_fill.gather(1, columns) & progress.unfinished[:, None]
+        noise = BlockNoise(self.seeds, canvas.block_numbers(stage), block.shape, block.device)
+        masked = generated
+        sampler.start(masked, noise)
+        while not sampler.is_finished(masked):
+            block, masked = self.step(block, masked, generated, columns, sampler, noise)
+            if not sampler.may_remask:
+                # An EOS that stays ends its row.
+                masked = progress.drop_after_eos(block, columns, masked)
+            canvas.tokens.scatter_(1, columns, block)
+            self._show(block, columns, progress.streamer)
+        self.predictor.check()
+
+    def step(
+        self,
+        block: torch.Tensor,
+        masked: torch.Tensor,
+        generated: torch.Tensor,
+        columns: torch.Tensor,
+        sampler: Sampler,
+        noise: BlockNoise,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        One denoising step: at most one forward.
+
+        Args:
+            block: ids [batch, block_size].
+            masked: which of them are masked, bool [batch, block_size].
+            generated: which are to be filled, bool [batch, block_size].
+            columns: where the block lies in the text [batch, block_size].
+            sampler, noise: those of the block.
+
+        Returns:
+            `block` and `masked` after the step.
+        """
+        candidates, known = sampler.candidates(masked), generated & ~masked
+        revealed = candidates
+        # Drawn at every step: another row may be the reason that there is a forward.
+        uniform = noise.uniform()
+        if not sampler.may_pause or candidates.any():
+            prediction = self.predict(block, masked, candidates, columns, sampler, uniform)
+            revealed = sampler.reveal(candidates, prediction.confidence)
+            block = torch.where(revealed, prediction.tokens, block)
+            self.record.note_reveal(prediction, revealed, columns)
+        masked = masked & ~revealed
+        remasked = sampler.remask(known)
+        if sampler.may_remask:
+            masked = masked | remasked
+            block = block.masked_fill(remasked, self.config.mask_token_id)
+        return block, masked
+
+    def predict(
+        self,
+        block: torch.Tensor,
+        masked: torch.Tensor,
+        candidates: torch.Tensor,
+        columns: torch.Tensor,
+        sampler: Sampler,
+        uniform: torch.Tensor,
+    ) -> Prediction:
+        """One forward and what it predicts for the `candidates`; see [`step`] and [`TokenPredictor.predict`]."""
+        canvas = self.canvas
+        sigma = None
+        if self.config.time_conditioning:
+            sigma = sigma_from_mask_probability(sampler.mask_probability(masked))
+        logits = self._logits(block, columns, candidates, sigma)
+        is_padding = torch.arange(canvas.tokens.shape[1], device=block.device) < canvas.first_column[:, None]
+        prediction = self.predictor.predict(
+            logits,
+            candidates,
+            columns,
+            canvas.tokens,
+            is_padding,
+            sampler.confidence,
+            self.record.reveal_steps is not None,
+            uniform,
+        )
+        self.record.note_prediction(prediction, candidates, columns)
+        return prediction
+
+    def append_block(self, stage: int) -> None:
+        """Hands the finished block, as it is in the text, to the next forward, which commits it."""
+        columns = self.canvas.columns(stage)
+        self.text.append(*self._as_read(self.canvas.tokens.gather(1, columns), columns))
+
+    def _as_read(self, block: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The block in each of the network's rows: ids [rows, block_size], and which are real, None if all are."""
+        if self.guidance is None:
+            return block, None
+        return self.guidance.with_unconditional_blocks(block, columns - self.canvas.prompt_width)
+
+    def _logits(
+        self, block: torch.Tensor, columns: torch.Tensor, candidates: torch.Tensor, sigma: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits of the candidates [num_candidates, vocab], float32; commits the clean tokens that are not cached."""
+        block, is_real = self._as_read(block, columns)
+        clean = self.text.pending
+        num_clean = clean.shape[1]
+        num_rows = block.shape[0] // candidates.shape[0]
+        kept, is_candidate = flagged_first(candidates)
+        inputs = self._positions_and_mask(block, is_real)
+        if sigma is not None:
+            sigma = sigma.repeat(num_rows)[:, None].expand(block.shape)
+            inputs["timesteps"] = torch.cat([sigma.new_zeros(clean.shape), sigma], dim=1)
+        outputs = self.model(
+            input_ids=torch.cat([clean, block], dim=1),
+            cache=None if self.cache is None else CommitCache(self.cache, num_clean),
+            logits_to_keep=num_clean + kept.repeat(num_rows, 1),
+            **inputs,
+        )
+        if self.cache is not None:
+            self.text.num_cached = self.text.num_columns
+        logits = outputs.logits[is_candidate.repeat(num_rows, 1)].float()
+        return logits if self.guidance is None else self.guidance.combine(logits)
+
+    def _positions_and_mask(self, block: torch.Tensor, is_real: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What the network is told of the clean tokens that are not cached and the block; kept while it is the same."""
+        text, config = self.text, self.config
+        key = (text.num_columns, text.num_cached)
+        if self._prepared is not None and self._prepared[0] == key:
+            return dict(self._prepared[1])
+        positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
+        if text.is_plain and is_real is None:
+            positions = positions[:1]
+        block_ids = token_block_ids(positions, config.block_size, positions < 0)
+        num_queries = positions.shape[1] - text.num_cached
+        key_blocks = block_ids
+        if self.cache is not None:
+            num_keys, first_key = self.cache.get_mask_sizes(num_queries, 0)
+            # A static cache has more columns than there are tokens.
+            num_empty = first_key + num_keys - block_ids.shape[1]
+            key_blocks = torch.nn.functional.pad(block_ids[:, first_key:], (0, num_empty), value=PADDING_BLOCK)
+        mask = block_diffusion_mask(
+            block_ids[:, -num_queries:],
+            key_blocks,
+            config.window_in_blocks,
+            config._attn_implementation,
+            self.model.dtype,
+        )
+        inputs = {"position_ids": positions[:, -num_queries:].clamp(min=0), "attention_mask": mask}
+        self._prepared = (key, inputs)
+        return dict(inputs)
+
+    def _show(self, block: torch.Tensor, columns: torch.Tensor, streamer: Any) -> None:
+        """Gives a streamer that takes them the tokens of an unfinished block."""
+        canvas, record = self.canvas, self.record
+        if hasattr(streamer, "put_draft"):
+            streamer.put_draft(block[canvas.is_new(columns)].cpu())
+        if hasattr(streamer, "put_reveal") and record.reveal_steps is not None:
+            shown = (canvas.tokens, record.reveal_steps, record.token_probabilities)
+            streamer.put_reveal(*(part[:, : canvas.prompt_width + canvas.num_new].cpu() for part in shown))

@@ -1,0 +1,198 @@
+"""The mathematics of block diffusion: noise schedules, the forward process q(x_t | x_0), the SUBS rules."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
+
+
+SCHEDULE_EPSILON = 1e-3
+# Reported likelihood takes t from this interval, as the paper's does: below it the weight 1/t has a heavy tail.
+FULL_NOISE_INTERVAL = (1e-3, 1.0)
+
+
+class NoiseSchedule:
+    """
+    How likely a token is masked at time t, and the weight that makes the weighted loss a bound.
+
+    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), p(t) = 1 - alpha_t
+    and w(t) = -alpha'_t / (1 - alpha_t). t is in [0, 1], p is a probability, w is 1 / (unit of t).
+    """
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        """
+        p(t).
+
+        Args:
+            t: times in [0, 1], of any shape [...].
+
+        Returns:
+            probabilities [...].
+
+        Raises:
+            NotImplementedError: a schedule of one's own overrides this.
+        """
+        raise NotImplementedError
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """
+        w(t).
+
+        Args:
+            t: times in (0, 1], of any shape [...].
+
+        Returns:
+            weights [...], in 1 / (unit of t).
+
+        Raises:
+            NotImplementedError: a schedule of one's own overrides this.
+        """
+        raise NotImplementedError
+
+
+class LoglinearSchedule(NoiseSchedule):
+    """Linear masking: p = t, w = 1 / t (arXiv 2503.09573, Eq. 8)."""
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return t
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 / t
+
+
+@dataclass
+class PowerSchedule(NoiseSchedule):
+    """p = max(t^exponent, eps), w = exponent * t^(exponent - 1) / p ("square" and "square_root" of the paper)."""
+
+    exponent: float
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return t.pow(self.exponent).clamp(min=SCHEDULE_EPSILON)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return self.exponent * t.pow(self.exponent - 1) / self.mask_probability(t)
+
+
+class LogSchedule(NoiseSchedule):
+    """p = log(1 + t) / log 2, w = 1 / (p log 2 (1 + t))."""
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.log1p(t) / math.log(2)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 / (torch.log1p(t) * (1 + t))
+
+
+class CosineSchedule(NoiseSchedule):
+    """p = 1 - (1 - eps) cos(pi t / 2), w = (1 - eps) sin(pi t / 2) (pi / 2) / (p + eps)."""
+
+    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - (1 - SCHEDULE_EPSILON) * torch.cos(t * math.pi / 2)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        rate = (1 - SCHEDULE_EPSILON) * torch.sin(t * math.pi / 2) * (math.pi / 2)
+        return rate / (self.mask_probability(t) + SCHEDULE_EPSILON)
+
+
+# The schedules of arXiv 2503.09573 by the name that `noise_schedule` takes.
+NOISE_SCHEDULES: dict[str, NoiseSchedule] = dict(
+    zip(
+        NOISE_SCHEDULE_NAMES,
+        (LoglinearSchedule(), PowerSchedule(2.0), PowerSchedule(0.5), LogSchedule(), CosineSchedule()),
+        strict=True,
+    )
+)
+
+
+def sigma_from_mask_probability(mask_probability: torch.Tensor) -> torch.Tensor:
+    """sigma = -log(1 - p), the noise level that conditions the network, capped at -log(eps); any shape."""
+    return -torch.log1p(-mask_probability).clamp(min=math.log(SCHEDULE_EPSILON))
+
+
+def sample_timesteps(
+    batch_size: int,
+    num_blocks: int,
+    noise_interval: tuple[float, float],
+    antithetic: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    Draws the time t of every block from U[beta, omega] (arXiv 2503.09573, Sec. 5).
+
+    Antithetic draws put one t into each of `batch_size * num_blocks` strata of equal width. The strata are dealt to
+    the blocks in random order, so that each block's t is uniform whatever its row and its place in the row.
+
+    Args:
+        batch_size: number of rows.
+        num_blocks: blocks per row.
+        noise_interval: (beta, omega), 0 <= beta <= omega <= 1.
+        antithetic: stratify the draws; otherwise they are independent.
+        generator: where the random numbers come from; by default torch's global generator.
+        device: where t is wanted.
+
+    Returns:
+        t of shape [batch_size, num_blocks], float32.
+
+    Raises:
+        ValueError: `noise_interval` is no interval in [0, 1].
+    """
+    validate_noise_interval(noise_interval)
+    beta, omega = noise_interval
+    num_strata = batch_size * num_blocks
+    t = torch.rand(num_strata, generator=generator, device=device)
+    if antithetic:
+        t = (torch.randperm(num_strata, generator=generator, device=device) + t) / num_strata
+    return (beta + (omega - beta) * t).view(batch_size, num_blocks)
+
+
+def forward_process(
+    x_0: torch.Tensor,
+    mask_probability: torch.Tensor,
+    mask_token_id: int,
+    maskable: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    uniform: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Draws x_t ~ q(x_t | x_0): each token becomes the mask token independently with its probability.
+
+    Args:
+        x_0: clean ids [batch, length].
+        mask_probability: p of each token, broadcastable to [batch, length].
+        mask_token_id: id of the mask token.
+        maskable: bool [batch, length]; where False the token stays.
+        generator: where the random numbers come from; by default torch's global generator.
+        uniform: the random numbers themselves, in [0, 1) [batch, length].
+
+    Returns:
+        x_t [batch, length].
+    """
+    if uniform is None:
+        uniform = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+    masked = uniform < mask_probability
+    if maskable is not None:
+        masked = masked & maskable
+    return torch.where(masked, mask_token_id, x_0)
+
+
+def subs_log_probs(logits: torch.Tensor, x_t: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """
+    log x_theta under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3): the mask token has probability 0, and a revealed
+    token stays as it is.
+
+    Args:
+        logits: raw scores [batch, length, vocab].
+        x_t: noised ids [batch, length].
+        mask_token_id: id of the mask token.
+
+    Returns:
+        log-probabilities, in nats [batch, length, vocab], float32.
+    """
+    logits = logits.float()
+    is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+    log_probs = logits.masked_fill(is_mask_token, -torch.inf).log_softmax(-1)
+    stays = torch.full_like(log_probs, -torch.inf).scatter_(-1, x_t[..., None], 0.0)
+    return torch.where((x_t == mask_token_id)[..., None], log_probs, stays)

@@ -1,0 +1,245 @@
+"""The pipeline "text-infilling": fills the gaps of texts, and says how sure the model was of what it wrote there."""
+
+import copy
+import itertools
+import os.path
+from typing import Any
+
+import torch
+from transformers import Pipeline
+
+from .generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+
+
+TEXT_INFILLING = "text-infilling"
+# What Transformers reads in config.json, for `pipeline(TEXT_INFILLING, model=..., trust_remote_code=True)`.
+CUSTOM_PIPELINES = {
+    TEXT_INFILLING: {
+        "impl": f"{__name__.split('.')[-1]}.TextInfillingPipeline",
+        "pt": ["AutoModelForMaskedLM"],
+        "type": "text",
+    }
+}
+# Arguments of `generate` that infilling decides on by itself.
+FIXED_ARGUMENTS = (
+    "infill",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_new_tokens",
+    "output_reveal",
+    "return_dict_in_generate",
+)
+
+
+class TextInfillingPipeline(Pipeline):
+    """
+    Fills the gaps of texts with a block diffusion model; every given token stays.
+
+    A gap is one marker or several next to each other. A marker is the tokenizer's mask token, or `placeholder`, and
+    stands for `gap_length` tokens. A gap is filled from both sides within its block and from the left across blocks.
+
+    ```python
+    fill = pipeline("text-infilling", model="user/model", trust_remote_code=True)
+    fill("def main([MASK][MASK]):")
+    fill("def main(...):\\n    return ...", placeholder="...", gap_length=[2, 5], sampler="confidence")
+    ```
+
+    The tokenizer's special tokens are not written into a gap, unless `suppress_tokens` says otherwise.
+
+    Args:
+        model: a `BD3LMForMaskedLM`.
+        tokenizer: its tokenizer, with its mask token.
+        placeholder, gap_length: defaults for the calls.
+        args, kwargs: arguments of `Pipeline`, and of `generate` as defaults for the calls.
+
+    Raises:
+        ValueError: another kind of model; a tokenizer without the model's mask token.
+    """
+
+    _load_tokenizer = True
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.model.config
+        if not isinstance(self.model, BlockDiffusionGenerationMixin):
+            raise ValueError(
+                f"`model` must be a block diffusion language model, but got a {type(self.model).__name__}."
+            )
+        mask_token_id = None if self.tokenizer is None else self.tokenizer.mask_token_id
+        if mask_token_id != config.mask_token_id:
+            raise ValueError(
+                f"`tokenizer` must have the model's mask token, of id {config.mask_token_id}, but that of its own is "
+                f"{mask_token_id}; `tokenizer.add_special_tokens({{'mask_token': '[MASK]'}})` adds one after the "
+                "others."
+            )
+        # As `generate` has it.
+        self.tokenizer.padding_side = "left"
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """
+        Fills the gaps of one text or of several.
+
+        Args:
+            inputs: A text, or a list, generator or dataset of texts. A text may come as a mapping {"text",
+                "gap_length"}, with lengths of its own.
+            placeholder: What marks a gap in place of the mask token.
+            gap_length: Tokens that a marker stands for, or a list of one number for each marker of a text; 1 by
+                default.
+            batch_size: Texts that are filled at once; 1 by default.
+            generate_kwargs: Arguments of `generate`, such as `sampler`, `temperature`, `num_return_sequences` or
+                `seed`, but for those that say how long the text becomes.
+
+        Returns:
+            For each text a dictionary, or with `num_return_sequences` above 1 a list of so many:
+
+            - `text`: the filled text; with a tokenizer that gives back what it encodes, the given text between gaps.
+            - `spans`: for each gap `start` and `end` (characters of `text`, the end excluded), `text`, `token_ids`,
+              `token_scores` (the model's probability of each token when it was revealed, given what was revealed
+              before and before temperature, nucleus and the like) and `score`, their geometric mean. Where each
+              forward reveals one token of a block, as `first_hitting` does, `score ** len(token_ids)` is the
+              probability of the gap's tokens in the order in which they were revealed, other gaps of its block aside.
+
+        Raises:
+            ValueError: a text without a gap, or with marks of two kinds; lengths that don't fit the markers; an
+                argument that says how long the text becomes.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self, placeholder: str | None = None, gap_length: int | list[int] | None = None, **generate_kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        given = {"placeholder": placeholder, "gap_length": gap_length}
+        # How a pipeline keeps the arguments of `generate` changes with the version of Transformers. This one keeps
+        # those of `__init__`, which is where this method is called first.
+        if not hasattr(self, "generate_defaults"):
+            self.generate_defaults, generate_kwargs = generate_kwargs, {}
+        return {name: value for name, value in given.items() if value is not None}, generate_kwargs, {}
+
+    def preprocess(
+        self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1
+    ) -> dict[str, torch.Tensor]:
+        """
+        The ids of one text, its gaps masked and BOS in front as in training.
+
+        Args:
+            inputs: a text, or a mapping {"text", "gap_length"}.
+            placeholder, gap_length: see `__call__`.
+
+        Returns:
+            `input_ids` and `attention_mask` [1, length], and `num_added` [1], 1 if BOS was put in front.
+
+        Raises:
+            ValueError: no text, no gap in it, lengths that don't fit, a tokenizer that splits the mask token.
+        """
+        text = inputs
+        if isinstance(inputs, dict):
+            if not {"text"} <= set(inputs) <= {"text", "gap_length"}:
+                raise ValueError(f"`inputs` must have the keys 'text' and 'gap_length', but got {sorted(inputs)}.")
+            text, gap_length = inputs["text"], inputs.get("gap_length", gap_length)
+        if not isinstance(text, str):
+            raise ValueError(f"`inputs` must be texts, but got a {type(text).__name__}.")
+        text, num_masked = self._mask_gaps(text, placeholder, gap_length)
+        tokenizer = self.tokenizer
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids.count(tokenizer.mask_token_id) != num_masked:
+            raise ValueError(
+                f"`tokenizer` must read {tokenizer.mask_token!r} as one token, but it reads {num_masked} of them as "
+                f"{ids.count(tokenizer.mask_token_id)}; add it as a special token."
+            )
+        num_added = int(tokenizer.bos_token_id is not None and ids[0] != tokenizer.bos_token_id)
+        ids = torch.tensor([[tokenizer.bos_token_id] * num_added + ids])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "num_added": torch.tensor([num_added])}
+
+    def _mask_gaps(self, text: str, placeholder: str | None, gap_length: int | list[int]) -> tuple[str, int]:
+        """The text with one mask token for each token to be written, and how many these are."""
+        mask_token = self.tokenizer.mask_token
+        marker = mask_token if placeholder is None else placeholder
+        if not isinstance(marker, str) or not marker:
+            raise ValueError(f"`placeholder` must be a string of at least one character, but got {marker!r}.")
+        parts = text.split(marker)
+        if len(parts) == 1:
+            raise ValueError(f"`inputs` must mark gaps by {marker!r}, but got a text without one: {text[:80]!r}")
+        if marker != mask_token and mask_token in text:
+            raise ValueError(
+                f"`inputs` must mark gaps by the `placeholder` {marker!r} alone, but got a text that holds "
+                f"{mask_token!r} as well: {text[:80]!r}"
+            )
+        lengths = gap_length if isinstance(gap_length, (list, tuple)) else [gap_length] * (len(parts) - 1)
+        if len(lengths) != len(parts) - 1 or not all(type(length) is int and length >= 1 for length in lengths):
+            raise ValueError(
+                f"`gap_length` must be an integer >= 1, or a list of one for each of the {len(parts) - 1} marks in "
+                f"the text, but got {gap_length!r}."
+            )
+        gaps = [mask_token * length for length in lengths]
+        return "".join(itertools.chain.from_iterable(zip(parts, [*gaps, ""]))), sum(lengths)
+
+    def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
+        # As in the pipelines of Transformers, a configuration that a call is given takes the place of the defaults.
+        if generate_kwargs.get("generation_config") is None:
+            generate_kwargs = {**self.generate_defaults, **generate_kwargs}
+        if refused := sorted(name for name in FIXED_ARGUMENTS if generate_kwargs.get(name) is not None):
+            raise ValueError(
+                f"`{refused[0]}` must not be given: gaps are filled and nothing is written after the text; "
+                "'text-generation' continues texts."
+            )
+        config = generate_kwargs.pop("generation_config", None)
+        configs = [self.model.generation_config] if config is None else [config, self.model.generation_config]
+        fixed = {"infill": True, "output_reveal": True, "return_dict_in_generate": True}
+        defaults = {
+            "suppress_tokens": sorted(set(self.tokenizer.all_special_ids)),
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        for name, value in defaults.items():
+            if all(given.get(name) is None for given in (generate_kwargs, *map(vars, configs))):
+                fixed[name] = value
+        if config is None:
+            generate_kwargs.update(fixed)
+        else:
+            generate_kwargs["generation_config"] = copy.deepcopy(BD3LMGenerationConfig.from_generation_config(config))
+            generate_kwargs["generation_config"].update(**fixed)
+        input_ids, attention_mask = model_inputs["input_ids"], model_inputs["attention_mask"]
+        output = self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
+        # The model's own configuration may ask for a continuation.
+        filled = {"sequences": output.sequences, "token_probabilities": output.token_probabilities}
+        batch_size, length = input_ids.shape
+        filled = {name: values[:, :length].unflatten(0, (batch_size, -1)) for name, values in filled.items()}
+        return {**model_inputs, **filled}
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> dict[str, Any] | list[dict[str, Any]]:
+        """The filled text and its spans, of one input or each of its `num_return_sequences`."""
+        start = int((model_outputs["attention_mask"] == 0).sum() + model_outputs["num_added"])
+        is_gap = (model_outputs["input_ids"][0, start:] == self.tokenizer.mask_token_id).tolist()
+        filled = zip(model_outputs["sequences"][0, :, start:], model_outputs["token_probabilities"][0, :, start:])
+        results = [self._describe(ids.tolist(), is_gap, scores.double()) for ids, scores in filled]
+        return results[0] if len(results) == 1 else results
+
+    def _describe(self, ids: list[int], is_gap: list[bool], probabilities: torch.Tensor) -> dict[str, Any]:
+        text = self._decode(ids)
+        spans, first = [], 0
+        for in_gap, run in itertools.groupby(is_gap):
+            end = first + len(list(run))
+            if in_gap:
+                # A decoded beginning may end in a character of which bytes are missing.
+                start_char, end_char = (
+                    len(os.path.commonprefix([text, self._decode(ids[:index])])) for index in (first, end)
+                )
+                token_scores = probabilities[first:end]
+                spans.append(
+                    {
+                        "start": start_char,
+                        "end": end_char,
+                        "text": text[start_char:end_char],
+                        "score": token_scores.log().mean().exp().item(),
+                        "token_ids": ids[first:end],
+                        "token_scores": token_scores.tolist(),
+                    }
+                )
+            first = end
+        return {"text": text, "spans": spans}
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

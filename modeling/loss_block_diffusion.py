@@ -1,0 +1,68 @@
+"""-log x_theta of the masked tokens, without ever holding the logits of all of them."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+# Elements of one chunk of logits: 64 MiB in float32 on a CPU; on an accelerator 512 MiB, for which a few large products
+# take the place of hundreds of small ones.
+CHUNK_NUMEL_ON_CPU = 2**24
+CHUNK_NUMEL = 2**27
+
+
+def token_nats(
+    hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Module, mask_token_id: int
+) -> torch.Tensor:
+    """
+    -log x_theta(target) under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3), differentiable.
+
+    Args:
+        hidden_states: final hidden states of masked tokens [num_masked, hidden].
+        targets: their clean ids [num_masked].
+        head: from hidden states to logits over the vocabulary.
+        mask_token_id: the token of probability 0.
+
+    Returns:
+        nats of each token [num_masked], float32.
+    """
+    numel = CHUNK_NUMEL_ON_CPU if hidden_states.device.type == "cpu" else CHUNK_NUMEL
+    chunk_size = max(1, numel // getattr(head, "out_features", 2**16))
+    # A wrapped head (an adapter, a quantized or an offloaded layer) has a forward of its own.
+    is_plain = type(head) is nn.Linear and "forward" not in vars(head) and not hasattr(head, "_hf_hook")
+    # In lower precision torch's own returns nats that are rounded to it.
+    is_float32 = hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type)
+    if is_plain and is_float32 and hasattr(nn, "LinearCrossEntropyOptions"):
+        return fused_nats(hidden_states, targets, head, mask_token_id, chunk_size)
+    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size)
+
+
+def fused_nats(
+    hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Linear, mask_token_id: int, chunk_size: int
+) -> torch.Tensor:
+    """[`token_nats`] by torch's `linear_cross_entropy`; the mask token's bias at -inf makes its probability 0."""
+    weight = head.weight
+    bias = weight.new_zeros(weight.shape[0]) if head.bias is None else head.bias
+    is_mask_token = torch.arange(weight.shape[0], device=weight.device) == mask_token_id
+    return nn.functional.linear_cross_entropy(
+        hidden_states,
+        weight,
+        targets,
+        linear_bias=bias.masked_fill(is_mask_token, -torch.inf),
+        reduction="none",
+        options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None),
+    )
+
+
+def chunked_nats(
+    hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Module, mask_token_id: int, chunk_size: int
+) -> torch.Tensor:
+    """[`token_nats`] in chunks of tokens, whose logits are made again in the backward pass."""
+
+    def nats_of_chunk(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden).float()
+        is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+        return nn.functional.cross_entropy(logits.masked_fill(is_mask_token, -torch.inf), target, reduction="none")
+
+    chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
+    return torch.cat([checkpoint(nats_of_chunk, *chunk, use_reentrant=False) for chunk in chunks])

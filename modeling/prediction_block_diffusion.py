@@ -1,0 +1,200 @@
+"""From the logits of masked positions to tokens: processors, drawing, and how sure the model is."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+
+# Processors whose result does not depend on the tokens so far: any rows may share a call.
+CONTEXT_FREE_PROCESSORS = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+CONFIDENCES = ("probability", "margin", "negative_entropy")
+
+
+def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """
+    Draws from softmax(scores) by the inverse of its distribution function.
+
+    Args:
+        scores: [rows, vocab], float32.
+        uniform: one number in [0, 1) for each row [rows].
+
+    Returns:
+        ids [rows].
+    """
+    cumulative = scores.softmax(-1).cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding up to the total would choose the last id, whatever its probability.
+    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Scores without a finite value, which `TokenPredictor.check` reports, would give an id past the last.
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
+
+
+def confidence_of(kind: str, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    How sure a model is of its predictions; larger is more confident.
+
+    Args:
+        kind: "probability" of the token that was drawn, "margin" of the likeliest token before the second, or
+            "negative_entropy" in nats.
+        log_probs: [num_candidates, vocab].
+        tokens: the drawn ones [num_candidates].
+
+    Returns:
+        [num_candidates].
+    """
+    if kind == "probability":
+        return log_probs.gather(-1, tokens[:, None]).squeeze(-1).exp()
+    if kind == "margin":
+        first, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
+        return first - second
+    # The mask token has the log-probability -inf, and 0 * -inf is no number.
+    return (log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+
+
+@dataclass
+class Prediction:
+    """
+    What one forward predicts.
+
+    Attributes:
+        tokens: a token for each candidate [batch, block_size]; arbitrary elsewhere.
+        confidence: how sure the model is of it [batch, block_size], -inf elsewhere; None unless asked for.
+        probability: the model's probability of it, before the processors [batch, block_size]; None unless asked for.
+        logits, scores: before and after the processors [num_candidates, vocab].
+    """
+
+    tokens: torch.Tensor
+    confidence: torch.Tensor | None
+    probability: torch.Tensor | None
+    logits: torch.Tensor
+    scores: torch.Tensor
+
+
+class TokenPredictor:
+    """Draws tokens from the processed logits of masked positions."""
+
+    def __init__(self, logits_processor: LogitsProcessorList, do_sample: bool, mask_token_id: int):
+        self.logits_processor = logits_processor
+        self.shares_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
+        self.do_sample = do_sample
+        self.mask_token_id = mask_token_id
+        self._is_valid = torch.tensor(True)
+
+    def check(self) -> None:
+        """
+        To be called now and then: it waits for the device.
+
+        Raises:
+            ValueError: scores so far were not finite, or left no token to draw.
+        """
+        if not self._is_valid:
+            raise ValueError(
+                "The scores of a masked token must be finite for at least one token that may be drawn, but got none: "
+                "the logits were not finite, or the `logits_processor` and the constraints ban the whole vocabulary."
+            )
+
+    def predict(
+        self,
+        logits: torch.Tensor,
+        candidates: torch.Tensor,
+        columns: torch.Tensor,
+        text: torch.Tensor,
+        is_padding: torch.Tensor,
+        confidence_kind: str | None,
+        needs_probability: bool,
+        uniform: torch.Tensor,
+    ) -> Prediction:
+        """
+        Args:
+            logits: of the candidates, row after row [num_candidates, vocab], float32.
+            candidates: the positions to predict, bool [batch, block_size].
+            columns: where each row's block lies in `text` [batch, block_size].
+            text: all tokens, masked until known [batch, width].
+            is_padding: bool [batch, width].
+            confidence_kind: see [`confidence_of`]; None if it is not needed.
+            needs_probability: whether the probability of the tokens is needed.
+            uniform: numbers in [0, 1) to draw with [batch, block_size].
+        """
+        logits[:, self.mask_token_id] = -torch.inf
+        scores = self._process(logits, candidates, columns, text, is_padding)
+        # A processor may have lifted the ban, such as one that is left with nothing to allow.
+        scores[:, self.mask_token_id] = -torch.inf
+        self._is_valid = self._is_valid.to(scores.device) & scores.amax(-1).isfinite().all()
+        chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
+        tokens = torch.zeros_like(columns)
+        tokens[candidates] = chosen
+        confidence, probability = (
+            None if kind is None else self._confidence(kind, logits, candidates, chosen)
+            for kind in (confidence_kind, "probability" if needs_probability else None)
+        )
+        return Prediction(tokens, confidence, probability, logits, scores)
+
+    def _confidence(
+        self, kind: str, logits: torch.Tensor, candidates: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        confidence = torch.full(candidates.shape, -torch.inf, device=logits.device)
+        confidence[candidates] = confidence_of(kind, logits.log_softmax(-1), chosen)
+        return confidence
+
+    def _process(
+        self,
+        logits: torch.Tensor,
+        candidates: torch.Tensor,
+        columns: torch.Tensor,
+        text: torch.Tensor,
+        is_padding: torch.Tensor,
+    ) -> torch.Tensor:
+        """Runs the logits processors on the candidates' scores [num_candidates, vocab]."""
+        if self.shares_calls:
+            return self.logits_processor(text[candidates.nonzero()[:, 0]], logits.clone())
+        # A processor may read the tokens left of the predicted one, their number, and the index of the row: each
+        # column is processed for the whole batch. Padding reads as the mask token, which has no probability to be
+        # changed.
+        column_of = columns[candidates]
+        row_of = candidates.nonzero()[:, 0]
+        context = text.masked_fill(is_padding, self.mask_token_id)
+        scores = logits.clone()
+        for column in column_of.unique().tolist():
+            chosen = column_of == column
+            batch_scores = logits.new_zeros(text.shape[0], logits.shape[1])
+            batch_scores[row_of[chosen]] = logits[chosen]
+            processed = self._process_column(context[:, :column], batch_scores)
+            scores[chosen] = processed[row_of[chosen]]
+        return scores
+
+    def _process_column(self, context: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Runs the processors on the scores of one column [batch, vocab]; `context` [batch, columns before it]."""
+        for processor in self.logits_processor:
+            processed = processor(context, scores)
+            if isinstance(processor, NoRepeatNGramLogitsProcessor):
+                # An n-gram begun by tokens that are not known yet repeats nothing.
+                start = max(context.shape[1] - processor.ngram_size + 1, 0)
+                is_known = (context[:, start:] != self.mask_token_id).all(-1, keepdim=True)
+                processed = torch.where(is_known, processed, scores)
+            scores = processed
+        return scores

@@ -1,0 +1,253 @@
+"""Samplers: given a block that is partly masked, which tokens to reveal now. No sampler knows the model."""
+
+import hashlib
+
+import torch
+
+from .diffusion_block_diffusion import NOISE_SCHEDULES
+
+
+class BlockNoise:
+    """
+    The random numbers of one block.
+
+    With seeds each row has a generator of its own: its numbers depend on its seed and the number of the block, so
+    that they are the same whatever rows share the batch, and in a text that is continued.
+
+    Args:
+        seeds: one for each row [batch]; None takes all numbers from torch's global generator.
+        blocks: number of each row's block, counted in the row's own positions [batch].
+        shape: [batch, block_size].
+        device: where the numbers are wanted.
+    """
+
+    def __init__(self, seeds: list[int] | None, blocks: list[int], shape: torch.Size, device: torch.device):
+        self.shape = shape
+        self.device = device
+        self.generators = None
+        if seeds is not None:
+            self.generators = [
+                torch.Generator().manual_seed(_mixed(seed, block)) for seed, block in zip(seeds, blocks, strict=True)
+            ]
+
+    def uniform(self) -> torch.Tensor:
+        """Uniform on [0, 1), [batch, block_size]."""
+        if self.generators is None:
+            return torch.rand(self.shape, device=self.device)
+        rows = [torch.rand(self.shape[1], generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(self.device)
+
+
+def _mixed(seed: int, block: int) -> int:
+    """32 bits, all that torch's CPU generator reads of a seed, which differ for neighbouring seeds and blocks."""
+    digest = hashlib.blake2b(f"{seed} {block}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+class Sampler:
+    """
+    Decides, step by step, which tokens of a block are revealed. One is made for each block.
+
+    At each step it is asked, in this order, at which masked positions it wants predictions, what noise level a
+    time-conditioned network should be told, which of the predicted tokens are revealed, and which of the revealed ones
+    are masked again. A step without candidates costs no forward. A sampler of one's own overrides `reveal`, and is
+    passed as `generate(sampler=MySampler())` or named in `SAMPLERS`.
+
+    Masks are bool [batch, block_size].
+    """
+
+    # What `reveal` is told of the predictions: "probability", "margin", "negative_entropy" (`prediction_block_diffusion.py`), or
+    # nothing, which spares a softmax over the vocabulary.
+    confidence: str | None = None
+    # Whether a step may have no candidates.
+    may_pause = False
+    # Whether `remask` may ever mask something.
+    may_remask = False
+
+    def start(self, masked: torch.Tensor, noise: BlockNoise) -> None:
+        """
+        Called once for each block, before its first step.
+
+        Args:
+            masked: the masked positions, bool [batch, block_size].
+            noise: random numbers of the block, kept as `self.noise`.
+        """
+        self.noise = noise
+
+    def is_finished(self, masked: torch.Tensor) -> bool:
+        """Whether the block is done; `masked`, bool [batch, block_size], is what is left of it."""
+        return not masked.any()
+
+    def candidates(self, masked: torch.Tensor) -> torch.Tensor:
+        """The positions out of the `masked` ones, bool [batch, block_size], to predict now, of the same shape."""
+        return masked
+
+    def mask_probability(self, masked: torch.Tensor) -> torch.Tensor:
+        """p of each row's block [batch]: by default the fraction of it that is `masked`, bool [batch, block_size]."""
+        return masked.float().mean(-1)
+
+    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
+        """
+        The candidates to reveal, bool [batch, block_size]; at least one in each row that has any.
+
+        Args:
+            candidates: what `candidates` returned.
+            confidence: how sure the model is at each candidate [batch, block_size], -inf elsewhere.
+        """
+        return candidates
+
+    def remask(self, known: torch.Tensor) -> torch.Tensor:
+        """
+        The tokens to mask again, asked after each step, bool [batch, block_size]; by default none.
+
+        Args:
+            known: the generated tokens that were known before this step, bool [batch, block_size].
+        """
+        return torch.zeros_like(known)
+
+
+class FirstHittingSampler(Sampler):
+    """
+    Reveals one uniformly chosen masked token per forward (Zheng et al., arXiv 2409.02908, Alg. 1).
+
+    Exactly the ancestral sampler in the limit of infinitely many steps: the next token to be revealed there is
+    uniform among the masked ones whatever the schedule, and the time at which that happens follows p <- p u^(1/n)
+    with n masked tokens and u uniform.
+    """
+
+    def start(self, masked: torch.Tensor, noise: BlockNoise) -> None:
+        super().start(masked, noise)
+        # Uniform in random order is the order of uniform numbers.
+        self._order = noise.uniform()
+        self._mask_probability = torch.ones(masked.shape[0], device=masked.device)
+        self._uniform = noise.uniform()
+
+    def candidates(self, masked: torch.Tensor) -> torch.Tensor:
+        first = self._order.masked_fill(~masked, torch.inf).argmin(-1, keepdim=True)
+        return (torch.arange(masked.shape[1], device=masked.device) == first) & masked
+
+    def mask_probability(self, masked: torch.Tensor) -> torch.Tensor:
+        num_masked = masked.sum(-1)
+        uniform = self._uniform.gather(1, (num_masked - 1).clamp(min=0)[:, None]).squeeze(1)
+        self._mask_probability = self._mask_probability * uniform ** (1 / num_masked.clamp(min=1))
+        return self._mask_probability
+
+
+class AncestralSampler(Sampler):
+    """
+    The reverse process in `denoising_steps` steps from t = 1 to 0 (arXiv 2503.09573, Sec. 3.2; arXiv 2406.07524,
+    Eq. 7): from p(t) to p(s) each masked token is revealed with probability (p(t) - p(s)) / p(t).
+
+    Which tokens that are is drawn before they are predicted, so that a step which reveals nothing costs no forward.
+
+    With `remask_cap`, ReMDM's capped schedule (arXiv 2503.00307, Sec. 4.1): each token that was known before the step
+    is masked again with probability sigma = min(remask_cap, p(s) / (1 - p(t))), and masked ones are revealed with
+    probability (1 - p(s) - (1 - sigma) (1 - p(t))) / p(t), so that the masked fraction keeps to the schedule.
+
+    Args:
+        denoising_steps: N >= 1.
+        noise_schedule: p(t).
+        remask_cap: in [0, 1]; 0 masks nothing again.
+    """
+
+    may_pause = True
+
+    def __init__(self, denoising_steps: int, noise_schedule: str = "loglinear", remask_cap: float = 0.0):
+        schedule = NOISE_SCHEDULES[noise_schedule]
+        t = torch.arange(denoising_steps + 1, dtype=torch.float64) / denoising_steps
+        levels = schedule.mask_probability(t).flip(0)
+        # Everything is masked at the start and nothing at the end, where some schedules stop short by 1e-3.
+        levels[0], levels[-1] = 1.0, 0.0
+        self.levels = levels.tolist()
+        self.remask_cap = remask_cap
+        self.may_remask = remask_cap > 0
+        self._step = 0
+
+    @property
+    def _remask_probability(self) -> float:
+        before, after = self.levels[self._step : self._step + 2]
+        return min(self.remask_cap, after / (1 - before)) if before < 1 else 0.0
+
+    def is_finished(self, masked: torch.Tensor) -> bool:
+        return self._step == len(self.levels) - 1 or (not self.may_remask and super().is_finished(masked))
+
+    def candidates(self, masked: torch.Tensor) -> torch.Tensor:
+        before, after = self.levels[self._step : self._step + 2]
+        probability = (1 - after - (1 - self._remask_probability) * (1 - before)) / before
+        return masked & (self.noise.uniform() < probability)
+
+    def mask_probability(self, masked: torch.Tensor) -> torch.Tensor:
+        return torch.full(masked.shape[:1], self.levels[self._step], device=masked.device)
+
+    def remask(self, known: torch.Tensor) -> torch.Tensor:
+        probability = self._remask_probability
+        self._step += 1
+        return known & (self.noise.uniform() < probability) if probability else torch.zeros_like(known)
+
+
+class ConfidenceSampler(Sampler):
+    """
+    Reveals the tokens that the model is surest of (MaskGIT, arXiv 2202.04200; threshold: Fast-dLLM, arXiv 2505.22618).
+
+    Args:
+        denoising_steps: with n tokens masked and k steps left, the ceil(n / k) surest ones are revealed.
+        confidence_threshold: instead of that, all tokens above this confidence, and at least the surest one.
+        confidence: "probability", "margin" or "negative_entropy".
+    """
+
+    def __init__(
+        self,
+        denoising_steps: int | None = None,
+        confidence_threshold: float | None = None,
+        confidence: str = "probability",
+    ):
+        self.steps_left = denoising_steps
+        self.confidence_threshold = confidence_threshold
+        self.confidence = confidence
+
+    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        if self.confidence_threshold is not None:
+            revealed = (confidence > self.confidence_threshold) | (rank == 0)
+        else:
+            num_masked = candidates.sum(-1, keepdim=True)
+            # More steps than tokens reveal one at a time.
+            revealed = rank < -(-num_masked // max(min(self.steps_left, candidates.shape[-1]), 1))
+            self.steps_left -= 1
+        return revealed & candidates
+
+
+class EntropyBoundSampler(Sampler):
+    """
+    Reveals the most certain tokens as long as their summed entropy less the largest of them stays within a bound, and
+    so what predicting them independently can cost (arXiv 2505.24857).
+
+    Args:
+        entropy_bound: in nats, >= 0; 0 reveals the most certain token alone.
+    """
+
+    confidence = "negative_entropy"
+
+    def __init__(self, entropy_bound: float):
+        self.entropy_bound = entropy_bound
+
+    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+        entropy, order = (-confidence).sort(dim=-1, stable=True)
+        # In ascending order the sum less the largest is the sum of those before; what is no candidate stands last.
+        before = torch.nn.functional.pad(entropy.cumsum(-1)[:, :-1], (1, 0))
+        return torch.zeros_like(candidates).scatter(-1, order, before <= self.entropy_bound) & candidates
+
+
+# The names that `generate(sampler=...)` takes; a class that is added here can be named, too.
+SAMPLERS: dict[str, type[Sampler]] = {
+    "first_hitting": FirstHittingSampler,
+    "ancestral": AncestralSampler,
+    "confidence": ConfidenceSampler,
+    "entropy_bound": EntropyBoundSampler,
+}
+# The arguments of each sampler that `generate` takes under the same names.
+SAMPLER_ARGUMENTS = {
+    "ancestral": ("denoising_steps", "noise_schedule", "remask_cap"),
+    "confidence": ("denoising_steps", "confidence_threshold", "confidence"),
+    "entropy_bound": ("entropy_bound",),
+}
