@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Asked for by itself and first, so that an index which offers a CPU build decides which build is installed.
-TORCH ?= torch==2.13.0
+TORCH ?= $(shell sed -nE 's/^(torch==.*)/\1/p' constraints.txt)
+# The newest versions that passed. Empty: whatever is newest.
+CONSTRAINTS ?= constraints.txt
 
 # The lower bounds that setup.py declares: torch==2.11 transformers==5.17, say.
 OLDEST ?= $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' setup.py)
@@ -12,11 +14,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help test test-oldest test-slow demo lint conformance docs clean
+.PHONY: help test test-newest test-oldest test-gpu test-slow demo lint conformance docs clean
 
 help:
 	@echo 'make demo         train, save, reload and sample a small model on the Python standard library (5 minutes)'
 	@echo 'make test         the test suite'
+	@echo 'make test-newest  the test suite with the newest Transformers and everything else, in an environment of its own'
 	@echo 'make test-oldest  the test suite with the oldest supported torch and transformers, in an environment of its own'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make conformance  the model tests that Transformers runs on its own models'
@@ -24,17 +27,22 @@ help:
 	@echo 'make docs         the documentation, into the folder site'
 	@echo 'make clean        remove the virtual environment and everything that is generated'
 
-$(INSTALLED): setup.py pyproject.toml
+$(INSTALLED): setup.py pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) $(PIP_FLAGS) --editable '.[dev]'
 	touch $@
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
+# torch stays the pinned one unless TORCH says otherwise: the newest comes with gigabytes of libraries for GPUs.
+test-newest:
+	rm -f $(VENV)-newest/.installed
+	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS= PIP_FLAGS='--upgrade --upgrade-strategy eager $(TORCH)'
+
 test-oldest:
-	$(MAKE) test VENV=$(VENV)-oldest TORCH='$(OLDEST)'
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS= TORCH='$(OLDEST)'
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
@@ -53,5 +61,5 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist site *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist site *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

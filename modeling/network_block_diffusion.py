@@ -323,11 +323,11 @@ class BlockDiffusionLMMixin:
                 "`clean_input_ids` must be of the shape of `input_ids`, or of each of the noised copies in it, "
                 f"but got {list(x_0.shape)} for {list(x_t.shape)}."
             )
-        text = (self.config, blocks, x_t, x_0, timesteps, self.dtype)
         is_on_cpu = x_0.device.type == "cpu" and self.config._attn_implementation != "flex_attention"
-        if masked is None or not is_on_cpu or torch.compiler.is_compiling():
-            return TwoStreams.static(*text)
-        return TwoStreams.compacted(*text, masked)
+        if not is_on_cpu or torch.compiler.is_compiling():
+            # Shapes that depend on the shape of the batch alone.
+            masked = None
+        return TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked)
 
     def _run_network(self, streams: TwoStreams, **kwargs: Any):
         if streams.timesteps is not None:

@@ -167,6 +167,28 @@ def flagged_first(flags: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor,
     return columns, torch.arange(columns.shape[1], device=flags.device) < counts
 
 
+def columns_to_compute(block_ids: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """
+    The tokens that the predictions depend on.
+
+    Args:
+        block_ids: of the text [batch or 1, length].
+        masked: the tokens of x_t that are predicted, bool [batch, copies * length].
+
+    Returns:
+        (columns of x_t in blocks that hold a prediction, filled up with others [batch, num_noisy]; how many of the
+        first clean tokens such a block sees).
+    """
+    num_copies = masked.shape[1] // block_ids.shape[1]
+    columns = torch.arange(block_ids.shape[1], device=masked.device)
+    first_of_block = torch.where(block_starts(block_ids), columns, 0).cummax(-1).values
+    first_of_block = first_of_block.repeat(1, num_copies).expand(masked.shape)
+    block = first_of_block + torch.arange(masked.shape[1], device=masked.device) // len(columns) * len(columns)
+    is_active = torch.zeros_like(block).scatter_add_(1, block, masked.long()).gather(1, block) > 0
+    noisy_columns, _ = flagged_first(is_active, multiple=-(-masked.shape[1] // NUM_WIDTHS))
+    return noisy_columns, int(torch.where(is_active, first_of_block, 0).max())
+
+
 @dataclass
 class TwoStreams:
     """
@@ -189,7 +211,7 @@ class TwoStreams:
     noisy_columns: torch.Tensor | None = None
 
     @classmethod
-    def static(
+    def of_noise(
         cls,
         config,
         blocks: TextBlocks,
@@ -197,9 +219,10 @@ class TwoStreams:
         x_0: torch.Tensor,
         timesteps: torch.Tensor | None,
         dtype: torch.dtype,
+        masked: torch.Tensor | None = None,
     ) -> "TwoStreams":
         """
-        Both streams whole.
+        Both streams, whole or compacted.
 
         Args:
             config: `block_size`, `window_in_blocks` and the attention implementation.
@@ -208,71 +231,35 @@ class TwoStreams:
             x_0: clean ids [batch, length].
             timesteps: sigma of each token of `x_t`, or of each row [batch], or None.
             dtype: that of the hidden states.
+            masked: the tokens of `x_t` that are predicted, bool [batch, copies * length]: then only what these depend
+                on is taken, noisy blocks that hold one and clean tokens before the last such block.
         """
         length, num_copies = x_0.shape[1], x_t.shape[1] // max(x_0.shape[1], 1)
+        stream = torch.arange(1, num_copies + 1, device=x_0.device).repeat_interleave(length)[None]
+        noisy_columns, num_clean = None, length
+        if masked is not None:
+            noisy_columns, num_clean = columns_to_compute(blocks.block_ids, masked)
+
+        def noisy_part(values: torch.Tensor) -> torch.Tensor:
+            return values if noisy_columns is None else values.expand(x_t.shape).gather(1, noisy_columns)
+
+        def both(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+            noisy = noisy_part(noisy)
+            return torch.cat([noisy, clean[:, :num_clean].expand(noisy.shape[0], -1)], dim=1)
+
         window, implementation = config.window_in_blocks, config._attn_implementation
-        if blocks.is_plain:
-            mask = plain_two_stream_mask(
-                length, config.block_size, window, num_copies, implementation, dtype, x_0.device
-            )
+        if masked is None and blocks.is_plain:
+            size = (length, config.block_size, window, num_copies)
+            mask = plain_two_stream_mask(*size, implementation, dtype, x_0.device)
         else:
-            block_ids = blocks.block_ids.repeat(1, num_copies + 1)
-            streams = torch.arange(num_copies + 1, device=x_0.device).roll(-1).repeat_interleave(length)[None]
+            block_ids = both(blocks.block_ids.repeat(1, num_copies), blocks.block_ids)
+            streams = both(stream, torch.zeros_like(stream[:, :length]))
             mask = block_diffusion_mask(block_ids, block_ids, window, implementation, dtype, streams, streams)
-        position_ids = blocks.position_ids.repeat(1, num_copies + 1)
-        return cls._joined(x_t, x_0, position_ids, mask, timesteps)
-
-    @classmethod
-    def compacted(
-        cls,
-        config,
-        blocks: TextBlocks,
-        x_t: torch.Tensor,
-        x_0: torch.Tensor,
-        timesteps: torch.Tensor | None,
-        dtype: torch.dtype,
-        masked: torch.Tensor,
-    ) -> "TwoStreams":
-        """
-        Only what the predictions depend on: noisy blocks that hold one, and clean tokens before the last such block.
-
-        Args:
-            masked: the tokens of `x_t` that are predicted, bool [batch, copies * length]; the others as in `static`.
-        """
-        (batch_size, length), device = x_0.shape, x_0.device
-        num_copies = x_t.shape[1] // length
-        block_ids, position_ids = (part.expand(batch_size, -1) for part in (blocks.block_ids, blocks.position_ids))
-        columns = torch.arange(length, device=device)
-        first_of_block = torch.where(block_starts(block_ids), columns, 0).cummax(-1).values.repeat(1, num_copies)
-        copy = torch.arange(num_copies, device=device).repeat_interleave(length)
-        block = first_of_block + copy * length
-        is_active = torch.zeros(x_t.shape, dtype=torch.int32, device=device).scatter_add_(1, block, masked.int()) > 0
-        is_active = is_active.gather(1, block)
-        noisy_columns, _ = flagged_first(is_active, multiple=-(-x_t.shape[1] // NUM_WIDTHS))
-        num_clean = int(torch.where(is_active, first_of_block, 0).max())
-
-        def chosen(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-            return torch.cat([noisy.gather(1, noisy_columns), clean[:, :num_clean]], dim=1)
-
-        def both(values: torch.Tensor) -> torch.Tensor:
-            return chosen(values.repeat(1, num_copies), values)
-
-        block_ids = both(block_ids)
-        streams = chosen((1 + copy).expand(batch_size, -1), torch.zeros_like(x_0))
-        mask = block_diffusion_mask(
-            block_ids, block_ids, config.window_in_blocks, config._attn_implementation, dtype, streams, streams
-        )
         if timesteps is not None and timesteps.dim() == 2:
-            timesteps = timesteps.gather(1, noisy_columns)
-        noisy = x_t.gather(1, noisy_columns)
-        return cls._joined(noisy, x_0[:, :num_clean], both(position_ids), mask, timesteps, noisy_columns)
-
-    @classmethod
-    def _joined(cls, noisy, clean, position_ids, mask, timesteps, noisy_columns=None) -> "TwoStreams":
-        if timesteps is not None and timesteps.dim() == 2:
-            timesteps = torch.cat([timesteps, timesteps.new_zeros(clean.shape)], dim=1)
-        input_ids = torch.cat([noisy, clean], dim=1)
-        return cls(input_ids, position_ids, mask, timesteps, noisy.shape[1], noisy_columns)
+            timesteps = both(timesteps, timesteps.new_zeros(x_0.shape))
+        position_ids = both(blocks.position_ids.repeat(1, num_copies), blocks.position_ids)
+        num_noisy = x_t.shape[1] if noisy_columns is None else noisy_columns.shape[1]
+        return cls(both(x_t, x_0), position_ids, mask, timesteps, num_noisy, noisy_columns)
 
     def of_predictions(self, states: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """

@@ -1,9 +1,9 @@
 """
 Published checkpoints <-> this package's format: one table of names, read in both directions.
 
-The published format is that of `kuleshov-group/bd3lm-owt-*` and `kuleshov-group/mdlm-owt` on the Hub. Importing this
-module hands the table to Transformers, so that `from_pretrained` of [`BD3LMForMaskedLM`] and [`BD3LMModel`] reads such
-a folder or repository as it is; [`convert_checkpoint`] writes it in this package's format.
+The published format is that of `kuleshov-group/bd3lm-owt-*` and `kuleshov-group/mdlm-owt` on the Hub. Importing the
+package hands the table to Transformers, so that `from_pretrained` of [`BD3LMForMaskedLM`] and [`BD3LMModel`] reads
+such a folder or repository as it is; [`convert_checkpoint`] writes it in this package's format.
 """
 
 import copy
