@@ -1,11 +1,12 @@
 """The mathematics of block diffusion: noise schedules, the forward process q(x_t | x_0), the SUBS rules."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
+from .configuration_bd3lm import validate_noise_interval
 
 
 SCHEDULE_EPSILON = 1e-3
@@ -13,97 +14,43 @@ SCHEDULE_EPSILON = 1e-3
 FULL_NOISE_INTERVAL = (1e-3, 1.0)
 
 
+@dataclass(frozen=True)
 class NoiseSchedule:
     """
     How likely a token is masked at time t, and the weight that makes the weighted loss a bound.
 
     With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), p(t) = 1 - alpha_t
     and w(t) = -alpha'_t / (1 - alpha_t). t is in [0, 1], p is a probability, w is 1 / (unit of t).
+
+    Attributes:
+        probability: p of t, any shape.
+        weight: w of t and p(t), any shape.
     """
 
-    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
-        """
-        p(t).
-
-        Args:
-            t: times in [0, 1], of any shape [...].
-
-        Returns:
-            probabilities [...].
-
-        Raises:
-            NotImplementedError: a schedule of one's own overrides this.
-        """
-        raise NotImplementedError
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """
-        w(t).
-
-        Args:
-            t: times in (0, 1], of any shape [...].
-
-        Returns:
-            weights [...], in 1 / (unit of t).
-
-        Raises:
-            NotImplementedError: a schedule of one's own overrides this.
-        """
-        raise NotImplementedError
-
-
-class LoglinearSchedule(NoiseSchedule):
-    """Linear masking: p = t, w = 1 / t (arXiv 2503.09573, Eq. 8)."""
+    probability: Callable[[torch.Tensor], torch.Tensor]
+    weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
-        return t
+        """p(t), for times `t` in [0, 1] of any shape [...]: probabilities [...]."""
+        return self.probability(t)
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        return 1 / t
+        """w(t), for times `t` in (0, 1] of any shape [...]: weights [...], in 1 / (unit of t)."""
+        return self.weight(t, self.probability(t))
 
 
-@dataclass
-class PowerSchedule(NoiseSchedule):
-    """p = max(t^exponent, eps), w = exponent * t^(exponent - 1) / p ("square" and "square_root" of the paper)."""
-
-    exponent: float
-
-    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
-        return t.pow(self.exponent).clamp(min=SCHEDULE_EPSILON)
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        return self.exponent * t.pow(self.exponent - 1) / self.mask_probability(t)
-
-
-class LogSchedule(NoiseSchedule):
-    """p = log(1 + t) / log 2, w = 1 / (p log 2 (1 + t))."""
-
-    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
-        return torch.log1p(t) / math.log(2)
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        return 1 / (torch.log1p(t) * (1 + t))
-
-
-class CosineSchedule(NoiseSchedule):
-    """p = 1 - (1 - eps) cos(pi t / 2), w = (1 - eps) sin(pi t / 2) (pi / 2) / (p + eps)."""
-
-    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
-        return 1 - (1 - SCHEDULE_EPSILON) * torch.cos(t * math.pi / 2)
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        rate = (1 - SCHEDULE_EPSILON) * torch.sin(t * math.pi / 2) * (math.pi / 2)
-        return rate / (self.mask_probability(t) + SCHEDULE_EPSILON)
-
-
-# The schedules of arXiv 2503.09573 by the name that `noise_schedule` takes.
-NOISE_SCHEDULES: dict[str, NoiseSchedule] = dict(
-    zip(
-        NOISE_SCHEDULE_NAMES,
-        (LoglinearSchedule(), PowerSchedule(2.0), PowerSchedule(0.5), LogSchedule(), CosineSchedule()),
-        strict=True,
-    )
-)
+HALF_PI = math.pi / 2
+# The schedules of arXiv 2503.09573 by the name that `noise_schedule` takes; "loglinear" masks linearly (its Eq. 8).
+NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
+    "loglinear": NoiseSchedule(lambda t: t, lambda t, p: 1 / t),
+    "square": NoiseSchedule(lambda t: t.pow(2).clamp(min=SCHEDULE_EPSILON), lambda t, p: 2 * t / p),
+    "square_root": NoiseSchedule(lambda t: t.sqrt().clamp(min=SCHEDULE_EPSILON), lambda t, p: t.rsqrt() / (2 * p)),
+    "log": NoiseSchedule(lambda t: torch.log1p(t) / math.log(2), lambda t, p: 1 / (torch.log1p(t) * (1 + t))),
+    "cosine": NoiseSchedule(
+        lambda t: 1 - (1 - SCHEDULE_EPSILON) * torch.cos(HALF_PI * t),
+        lambda t, p: (1 - SCHEDULE_EPSILON) * HALF_PI * torch.sin(HALF_PI * t) / (p + SCHEDULE_EPSILON),
+    ),
+}
 
 
 def sigma_from_mask_probability(mask_probability: torch.Tensor) -> torch.Tensor:

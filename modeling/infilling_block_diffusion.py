@@ -1,4 +1,4 @@
-"""The pipeline "text-infilling": fills the gaps of texts, and says how sure the model was of what it wrote there."""
+"""The pipeline "text-infilling": fills the gaps of texts, and says how sure the model was of each token."""
 
 import copy
 import itertools

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
     LogitNormalization,
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
@@ -15,22 +12,17 @@ from transformers.generation import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 
 
-# Processors whose result does not depend on the tokens so far: any rows may share a call.
+# Usual processors whose result does not depend on the tokens so far: any rows may share a call.
 CONTEXT_FREE_PROCESSORS = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    InfNanRemoveLogitsProcessor,
     LogitNormalization,
     MinPLogitsWarper,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 CONFIDENCES = ("probability", "margin", "negative_entropy")
 

@@ -11,7 +11,7 @@ class BlockNoise:
     """
     The random numbers of one block.
 
-    With seeds each row has a generator of its own: its numbers depend on its seed and the number of the block, so
+    With seeds each row has a generator of its own: its numbers depend on its seed and the number of the block alone, so
     that they are the same whatever rows share the batch, and in a text that is continued.
 
     Args:
@@ -46,14 +46,10 @@ def _mixed(seed: int, block: int) -> int:
 
 class Sampler:
     """
-    Decides, step by step, which tokens of a block are revealed. One is made for each block.
-
-    At each step it is asked, in this order, at which masked positions it wants predictions, what noise level a
-    time-conditioned network should be told, which of the predicted tokens are revealed, and which of the revealed ones
-    are masked again. A step without candidates costs no forward. A sampler of one's own overrides `reveal`, and is
-    passed as `generate(sampler=MySampler())` or named in `SAMPLERS`.
-
-    Masks are bool [batch, block_size].
+    Decides, step by step, which tokens of a block are revealed; one is made for each block. It is asked for the masked
+    positions to predict (a step without any costs no forward), the noise level to tell a time-conditioned network, the
+    predicted tokens to reveal, and the revealed ones to mask again. A sampler of one's own overrides `reveal`, and is
+    passed as `generate(sampler=MySampler())` or named in `SAMPLERS`. Masks are bool [batch, block_size].
     """
 
     # What `reveal` is told of the predictions: "probability", "margin", "negative_entropy" (`prediction_block_diffusion.py`), or
@@ -65,13 +61,7 @@ class Sampler:
     may_remask = False
 
     def start(self, masked: torch.Tensor, noise: BlockNoise) -> None:
-        """
-        Called once for each block, before its first step.
-
-        Args:
-            masked: the masked positions, bool [batch, block_size].
-            noise: random numbers of the block, kept as `self.noise`.
-        """
+        """Called before the first step with the `masked` positions [batch, block_size] and the block's `noise`."""
         self.noise = noise
 
     def is_finished(self, masked: torch.Tensor) -> bool:
@@ -97,22 +87,15 @@ class Sampler:
         return candidates
 
     def remask(self, known: torch.Tensor) -> torch.Tensor:
-        """
-        The tokens to mask again, asked after each step, bool [batch, block_size]; by default none.
-
-        Args:
-            known: the generated tokens that were known before this step, bool [batch, block_size].
-        """
+        """After each step, which of the tokens `known` before it are masked again, bool [batch, block_size]."""
         return torch.zeros_like(known)
 
 
 class FirstHittingSampler(Sampler):
     """
-    Reveals one uniformly chosen masked token per forward (Zheng et al., arXiv 2409.02908, Alg. 1).
-
-    Exactly the ancestral sampler in the limit of infinitely many steps: the next token to be revealed there is
-    uniform among the masked ones whatever the schedule, and the time at which that happens follows p <- p u^(1/n)
-    with n masked tokens and u uniform.
+    Reveals one uniformly chosen masked token per forward (Zheng et al., arXiv 2409.02908, Alg. 1): the ancestral
+    sampler in the limit of infinitely many steps. With n tokens masked, the time of the next one follows
+    p <- p u^(1/n), u uniform.
     """
 
     def start(self, masked: torch.Tensor, noise: BlockNoise) -> None:
@@ -136,9 +119,8 @@ class FirstHittingSampler(Sampler):
 class AncestralSampler(Sampler):
     """
     The reverse process in `denoising_steps` steps from t = 1 to 0 (arXiv 2503.09573, Sec. 3.2; arXiv 2406.07524,
-    Eq. 7): from p(t) to p(s) each masked token is revealed with probability (p(t) - p(s)) / p(t).
-
-    Which tokens that are is drawn before they are predicted, so that a step which reveals nothing costs no forward.
+    Eq. 7): from p(t) to p(s) each masked token is revealed with probability (p(t) - p(s)) / p(t), drawn before it is
+    predicted.
 
     With `remask_cap`, ReMDM's capped schedule (arXiv 2503.00307, Sec. 4.1): each token that was known before the step
     is masked again with probability sigma = min(remask_cap, p(s) / (1 - p(t))), and masked ones are revealed with
@@ -219,11 +201,11 @@ class ConfidenceSampler(Sampler):
 
 class EntropyBoundSampler(Sampler):
     """
-    Reveals the most certain tokens as long as their summed entropy less the largest of them stays within a bound, and
-    so what predicting them independently can cost (arXiv 2505.24857).
+    Reveals the tokens of least entropy as long as their summed entropy less the largest of them, what predicting them
+    independently can cost, stays within a bound (arXiv 2505.24857).
 
     Args:
-        entropy_bound: in nats, >= 0; 0 reveals the most certain token alone.
+        entropy_bound: in nats, >= 0; 0 reveals one token.
     """
 
     confidence = "negative_entropy"

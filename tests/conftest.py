@@ -25,6 +25,17 @@ def shared_dir():
     return folder
 
 
+@pytest.fixture(scope="session")
+def find_parity_folder(request):
+    """Function name -> folder of a checkpoint in the published format: one lies here, the others in `shared`."""
+
+    def find(name):
+        here = Path(__file__).resolve().parent / "parity" / name
+        return here if here.is_dir() else request.getfixturevalue("shared_dir") / "parity" / name
+
+    return find
+
+
 def tiny_config(**overrides):
     """A configuration small enough for hundreds of passes in a second; without dropout unless asked for."""
     fields = {

@@ -383,8 +383,8 @@ def test_generation_mistakes_are_one_line(trained, tmp_path, capsys):
 # convert
 
 
-def test_convert_writes_a_published_checkpoint_in_this_format(shared_dir, tmp_path, capsys):
-    source = shared_dir / "parity" / "bd3lm_block4"
+def test_convert_writes_a_published_checkpoint_in_this_format(find_parity_folder, tmp_path, capsys):
+    source = find_parity_folder("bd3lm_block4")
     assert main(["convert", str(source), str(tmp_path / "converted")]) == 0
     assert "saved to" in capsys.readouterr().out
     config = json.loads((tmp_path / "converted" / "config.json").read_text())

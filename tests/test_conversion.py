@@ -112,8 +112,8 @@ def published(tmp_path):
 
 
 @pytest.fixture(params=PARITY)
-def parity_folder(shared_dir, request):
-    return shared_dir / "parity" / request.param
+def parity_folder(find_parity_folder, request):
+    return find_parity_folder(request.param)
 
 
 def logits_of(model, ids=IDS):

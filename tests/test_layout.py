@@ -2,8 +2,13 @@
 
 import ast
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
+import torch
+from conftest import tiny_config
+
+from bd3lm_hf import BD3LMForMaskedLM
 
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +29,7 @@ ROOMS = (
     "package",
 )
 MOST_LINES = 500
-# `modeling` still has longer files.
-SHORT_ROOTS = ("bd3lm_hf",)
+SHORT_ROOTS = ("bd3lm_hf", "modeling")
 
 
 def read_files(root):
@@ -174,3 +178,41 @@ def test_circles_and_long_files_are_found(tmp_path):
     assert circles(tmp_path) == [f"bd3lm_hf.data.{name}" for name in "abc"]
     assert long_files(tmp_path, ["bd3lm_hf"]) == ["long.py"]
     assert long_files(tmp_path, ["bd3lm_hf", "modeling"]) == ["long.py", "long_bd3lm.py"]
+
+
+def equations():
+    """The names in the table of docs/concepts.md that leads from equations to functions."""
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    rows = [line for line in page.partition("## From equations")[2].splitlines() if line.startswith("| arXiv")]
+    return [row.split("`")[1] for row in rows]
+
+
+def test_the_table_of_equations_names_functions_that_exist():
+    names = equations()
+    assert len(names) > 10 and "bd3lm_hf.modeling.diffusion_block_diffusion.forward_process" in names
+    for name in names:
+        assert callable(resolve_name(name)), name
+    with pytest.raises((ImportError, AttributeError)):
+        resolve_name("bd3lm_hf.modeling.diffusion_block_diffusion.no_such_function")
+
+
+# What makes a processor fast has a room of its own.
+FOREIGN_TO_MODELING = ("mkldnn", "autograd.Function", "torch.compiler.disable", "untyped_storage", "bd3lm_hf.")
+MOST_LINES_OF_MODELING = 3500
+
+
+def test_modeling_is_short_and_plain():
+    sources = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("modeling/*.py")}
+    assert sum(len(source.splitlines()) for source in sources.values()) <= MOST_LINES_OF_MODELING
+    for name, source in sources.items():
+        assert not [word for word in FOREIGN_TO_MODELING if word in source], name
+
+
+@pytest.mark.parametrize("adaln", [True, False])
+def test_every_projection_is_exactly_a_linear_layer(adaln):
+    # As quantizers look for them.
+    model = BD3LMForMaskedLM(tiny_config(adaln=adaln))
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert matrices - linear == {"model.embed_tokens.weight"}
+    assert len(linear) == 2 * 6 + 1 + (2 + 2 + 1 if adaln else 0)

@@ -23,13 +23,13 @@ def attn_implementation(request):
 
 
 @pytest.fixture
-def load(shared_dir, attn_implementation, request):
+def load(find_parity_folder, attn_implementation, request):
     """Function folder name -> (model in eval mode, expected tensors)."""
 
     def load_folder(name, compiled=COMPILED):
         if attn_implementation == "flex_attention" and name != compiled:
             request.getfixturevalue("uncompiled_flex_attention")
-        folder = shared_dir / "parity" / name
+        folder = find_parity_folder(name)
         model = BD3LMForMaskedLM.from_pretrained(folder, attn_implementation=attn_implementation)
         assert model.config._attn_implementation == attn_implementation
         return model.eval(), load_file(folder / "expected.safetensors")
@@ -110,8 +110,8 @@ def test_merged_commit_and_denoise_pass_past_the_window(load, name):
 
 @pytest.mark.parametrize("name", (*TWO_STREAM, "mdlm"))
 @torch.no_grad()
-def test_log_probs_and_nelbo_per_token(shared_dir, name):
-    folder = shared_dir / "parity" / name
+def test_log_probs_and_nelbo_per_token(find_parity_folder, name):
+    folder = find_parity_folder(name)
     model = BD3LMForMaskedLM.from_pretrained(folder).eval()
     expected = load_file(folder / "expected.safetensors")
     x_0, x_t, mask_token_id = expected["x0"], expected["xt"], model.config.mask_token_id
