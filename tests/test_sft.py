@@ -453,6 +453,10 @@ def test_a_model_is_loaded_by_its_name(base_folder, tmp_path):
         assert type(trainer.model) is BD3LMForMaskedLM and trainer.model.dtype == dtype
         assert trainer.processing_class.mask_token_id == trainer.model.config.mask_token_id
     assert trainer.args.model_init_kwargs == {"dtype": "bfloat16"}
+    # A folder without a tokenizer takes the one that is given.
+    trainer.model.save_pretrained(tmp_path / "bare")
+    given = {"train_dataset": Dataset.from_list(TEXTS), "processing_class": trainer.processing_class}
+    BD3LMSFTTrainer(str(tmp_path / "bare"), arguments(tmp_path), **given)
 
 
 # What is refused

@@ -30,7 +30,7 @@ except ImportError as error:
     raise ImportError("`bd3lm_hf.training.sft` needs TRL: pip install 'bd3lm-hf[trl]'") from error
 
 
-# What else a training argument can't be, by its name: the values it may have, and why.
+# The values that a training argument may have, by its name, and why it may have no other.
 ALLOWED_ARGUMENTS = {
     "loss_type": (("nll",), "the loss is the bound on the likelihood of block diffusion"),
     "label_smoothing_factor": ((0,), "the bound on the likelihood has no smoothed labels"),
@@ -99,8 +99,8 @@ class BD3LMSFTTrainer(SFTTrainer):
     ):
         _check_arguments(args, {**kwargs, "data_collator": data_collator}, processing_class)
         if isinstance(model, str):
-            model, tokenizer = _load(model, args, quantization_config)
-            processing_class, quantization_config = processing_class or tokenizer, None
+            model, processing_class = _load(model, args, processing_class, quantization_config)
+            quantization_config = None
         _check_model(model, peft_config)
         if peft_config is not None and peft_config.task_type is None:
             peft_config = copy.copy(peft_config)
@@ -263,8 +263,10 @@ def _check_model(model: nn.Module, peft_config) -> None:
         )
 
 
-def _load(name: str, args: TrainingArguments | None, quantization_config) -> tuple[PreTrainedModel, Any]:
-    """The model and the tokenizer of a folder, or of a repository on the Hub."""
+def _load(
+    name: str, args: TrainingArguments | None, processing_class, quantization_config
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a folder or a repository on the Hub, and where none was given its tokenizer."""
     trust_remote_code = getattr(args, "trust_remote_code", False)
     options = getattr(args, "model_init_kwargs", None) or {}
     if quantization_config is not None:
@@ -275,10 +277,11 @@ def _load(name: str, args: TrainingArguments | None, quantization_config) -> tup
         options = {**options, "quantization_config": quantization_config}
     # As SFTTrainer does: other types of weights are asked for.
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **options}
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=options.get("revision"), trust_remote_code=options["trust_remote_code"]
-    )
-    return AutoModelForMaskedLM.from_pretrained(name, **options), tokenizer
+    if processing_class is None:
+        processing_class = AutoTokenizer.from_pretrained(
+            name, revision=options.get("revision"), trust_remote_code=options["trust_remote_code"]
+        )
+    return AutoModelForMaskedLM.from_pretrained(name, **options), processing_class
 
 
 @contextlib.contextmanager
