@@ -4,6 +4,8 @@ from setuptools import setup
 
 
 PEFT = ["peft>=0.18"]
+# Its trainer is subclassed: older ones build the labels elsewhere, and version 2 takes arguments away.
+TRL = ["trl>=1.15,<2"]
 EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
 APP = ["gradio>=6.31"]
@@ -50,6 +52,7 @@ setup(
     ],
     extras_require={
         "peft": PEFT,
+        "trl": TRL,
         "eval": EVAL,
         "lm-eval": LM_EVAL,
         "plots": PLOTS,
@@ -67,6 +70,7 @@ setup(
             # As pyproject.toml asks for: the tests build without isolation.
             "setuptools>=77",
             *PEFT,
+            *TRL,
             *EVAL,
             *PLOTS,
             *APP,

@@ -33,9 +33,15 @@ GIVEN = {
     "evaluation": ("my-model", "my-gpt2", "corpus.txt", "documents.jsonl", "wiki.test.tokens"),
     "gpus": ("corpus.txt", "docs"),
     "harness": ("bd3lm-demo", "tasks"),
+    "trl": ("my-model",),
 }
 # The optional package of a page, as a module and as an extra.
-NEEDS = {"app": ("gradio", "app"), "harness": ("lm_eval", "lm-eval"), "plots": ("matplotlib", "plots")}
+NEEDS = {
+    "app": ("gradio", "app"),
+    "harness": ("lm_eval", "lm-eval"),
+    "plots": ("matplotlib", "plots"),
+    "trl": ("trl", "trl"),
+}
 HISTORY = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0, "eval_nelbo": 2.5}]
 TASK = """
 task: my_task
@@ -156,6 +162,12 @@ def check_plots(names, printed):
     assert all(Path(name).stat().st_size > 0 for name in written)
 
 
+def check_trl(names, printed):
+    assert names["trainer"].state.global_step == 20
+    assert Path("my-sft-model", "model.safetensors").is_file()
+    assert Path("my-sft-adapter", "adapter_model.safetensors").is_file()
+
+
 def check_gpus(names, printed):
     for folder in ("my-model", "my-sharded-model"):
         assert json.loads(Path(folder, "trainer_state.json").read_text())["global_step"] == 4
@@ -171,6 +183,7 @@ CHECKS = {
     "infilling": check_infilling,
     "plots": check_plots,
     "training": check_training,
+    "trl": check_trl,
 }
 
 

@@ -14,7 +14,7 @@ import bd3lm_hf
 
 
 # What the package needs only where it is used, and what it may lack.
-NOT_IMPORTED = ("datasets", "gradio", "matplotlib", "peft", "evaluate", "lm_eval")
+NOT_IMPORTED = ("datasets", "gradio", "matplotlib", "peft", "evaluate", "lm_eval", "trl")
 # What a program may import before.
 BEFORE = ("pass", "from transformers import AutoModelForMaskedLM, pipeline")
 CHECKS = """
