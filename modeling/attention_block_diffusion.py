@@ -90,14 +90,7 @@ def is_visible(
 
 
 def attention_mask_of(visible: torch.Tensor, implementation: str, dtype: torch.dtype) -> torch.Tensor:
-    """
-    The mask that an attention implementation takes: bool, or for `eager` what is added to the scores.
-
-    Args:
-        visible: bool [batch or 1, 1, queries, keys].
-        implementation: name of the attention implementation.
-        dtype: of the added mask.
-    """
+    """The mask that an implementation takes of bool [batch or 1, 1, queries, keys]; `eager` adds it to the scores."""
     if implementation != "eager":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
@@ -179,18 +172,11 @@ def denoising_positions_and_blocks(
     cache: Cache,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Positions of the tokens given, and the block ids of queries and keys, where earlier tokens lie in a cache.
+    Where earlier tokens lie in a cache: positions of the `length` tokens given and their block ids, both [batch or 1,
+    length], and the block ids of all keys [batch or 1, keys].
 
-    Args:
-        config: `block_size`.
-        length: tokens given.
-        attention_mask: 0 at padding [batch, cached + length].
-        position_ids: of the tokens given [batch, length], counted in real tokens of each row.
-        cache: holds whole blocks; its tokens are known by their columns, from which each row's positions differ by
-            its left padding.
-
-    Returns:
-        (position_ids [batch or 1, length], block ids [batch or 1, length], block ids [batch or 1, keys]).
+    `attention_mask` [batch, cached + length] and `position_ids` [batch, length] are as `forward` takes them.
+    Cached tokens are known by their columns, from which each row's positions differ by its left padding.
     """
     cached_length = cache.get_seq_length()
     num_keys, first_key = cache.get_mask_sizes(length, 0)

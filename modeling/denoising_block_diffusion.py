@@ -138,17 +138,10 @@ class Denoiser:
         noise: BlockNoise,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        One denoising step: at most one forward.
+        One denoising step, of at most one forward: `block` (ids) and `masked` after it.
 
-        Args:
-            block: ids [batch, block_size].
-            masked: which of them are masked, bool [batch, block_size].
-            generated: which are to be filled, bool [batch, block_size].
-            columns: where the block lies in the text [batch, block_size].
-            sampler, noise: those of the block.
-
-        Returns:
-            `block` and `masked` after the step.
+        Everything is [batch, block_size]: of the ids, which are `masked`, which are to be `generated`, and the
+        `columns` of the text where they lie. `sampler` and `noise` are those of the block.
         """
         candidates, known = sampler.candidates(masked), generated & ~masked
         revealed = candidates
@@ -176,22 +169,14 @@ class Denoiser:
         uniform: torch.Tensor,
     ) -> Prediction:
         """One forward and what it predicts for the `candidates`; see [`step`] and [`TokenPredictor.predict`]."""
-        canvas = self.canvas
-        sigma = None
+        canvas, sigma = self.canvas, None
         if self.config.time_conditioning:
             sigma = sigma_from_mask_probability(sampler.mask_probability(masked))
         logits = self._logits(block, columns, candidates, sigma)
         is_padding = torch.arange(canvas.tokens.shape[1], device=block.device) < canvas.first_column[:, None]
-        prediction = self.predictor.predict(
-            logits,
-            candidates,
-            columns,
-            canvas.tokens,
-            is_padding,
-            sampler.confidence,
-            self.record.reveal_steps is not None,
-            uniform,
-        )
+        text = (candidates, columns, canvas.tokens, is_padding)
+        needs = (sampler.confidence, self.record.reveal_steps is not None)
+        prediction = self.predictor.predict(logits, *text, *needs, uniform)
         self.record.note_prediction(prediction, candidates, columns)
         return prediction
 

@@ -86,16 +86,8 @@ class Canvas:
         # Where nothing is to be filled, all of the prompt comes before it.
         first_gap = torch.cat([gaps, torch.ones_like(gaps[:, :1])], dim=1).int().argmax(-1)
         num_clean = (first_gap - first_column) // block_size * block_size
-        return cls(
-            torch.cat([input_ids, blank], dim=1),
-            to_fill,
-            num_clean,
-            first_column,
-            prompt_width,
-            num_new,
-            block_size,
-            mask_token_id,
-        )
+        tokens, sizes = torch.cat([input_ids, blank], dim=1), (prompt_width, num_new, block_size, mask_token_id)
+        return cls(tokens, to_fill, num_clean, first_column, *sizes)
 
     @property
     def prompt_length(self) -> torch.Tensor:
@@ -130,9 +122,7 @@ class Canvas:
 
 
 class RowProgress:
-    """
-    How far each row of a canvas has come: what the stopping criteria and the streamer are shown, and where rows end.
-    """
+    """How far each row of a canvas has come: what criteria and streamer are shown, and where rows end."""
 
     def __init__(
         self,
@@ -150,13 +140,8 @@ class RowProgress:
         self.num_streamed = 0
         self.stopping_criteria = copy.copy(stopping_criteria)
         if generation_config.entropy_stop_threshold is not None:
-            self.stopping_criteria.append(
-                EntropyStoppingCriteria(
-                    generation_config.entropy_stop_threshold,
-                    generation_config.entropy_stop_window,
-                    canvas.first_column,
-                )
-            )
+            rule = (generation_config.entropy_stop_threshold, generation_config.entropy_stop_window)
+            self.stopping_criteria.append(EntropyStoppingCriteria(*rule, canvas.first_column))
         may_end_apart = any(not isinstance(criterion, MaxLengthCriteria) for criterion in self.stopping_criteria)
         if self.pad_token_id is None and batch_size > 1 and may_end_apart:
             raise ValueError(
@@ -184,7 +169,8 @@ class RowProgress:
             reached = self.unfinished & (generated_before <= index) & (index < block_end)
             self.num_generated += reached
             self.unfinished &= ~(reached & (stops.to(reached.device) | (index + 1 == canvas.num_new)))
-        self._pad()
+        if self.pad_token_id is not None:
+            canvas.tokens.masked_fill_(self._after_end(), self.pad_token_id)
         if self.streamer is not None:
             self._stream()
 
@@ -205,10 +191,6 @@ class RowProgress:
         columns = torch.arange(self.canvas.tokens.shape[1], device=self.canvas.tokens.device)
         ends = self.canvas.prompt_width + self.num_generated[:, None]
         return ~self.unfinished[:, None] & (columns >= ends)
-
-    def _pad(self) -> None:
-        if self.pad_token_id is not None:
-            self.canvas.tokens.masked_fill_(self._after_end(), self.pad_token_id)
 
     def without_padding(self, record: torch.Tensor, empty: float) -> torch.Tensor:
         """What was noted of each token [batch, columns], `empty` after the ends of rows."""

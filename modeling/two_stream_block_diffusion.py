@@ -34,18 +34,13 @@ def positions_and_blocks(
     document_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Positions and block ids of a whole text, from whichever of the three descriptions is given.
+    Positions and block ids of a whole text, each [batch, length], or [1, length] where all rows are alike.
 
     Args:
         config: `block_size`.
-        shape: of the text, (batch, length).
-        attention_mask: 0 at padding [batch, length].
-        position_ids: positions, counted in real tokens of each row [batch, length]. A document begins wherever they do
-            not go up by one.
-        document_ids: equal for the tokens of one document of a packed row [batch, length].
-
-    Returns:
-        (position_ids, block ids), each [batch, length], or [1, length] where all rows are alike.
+        shape, device: of the text, (batch, length).
+        attention_mask, position_ids, document_ids: as the model's `forward` takes them [batch, length]; one of them
+            is enough.
 
     Raises:
         ValueError: `document_ids` are of another shape.
@@ -169,15 +164,9 @@ def flagged_first(flags: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor,
 
 def columns_to_compute(block_ids: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
-    The tokens that the predictions depend on.
-
-    Args:
-        block_ids: of the text [batch or 1, length].
-        masked: the tokens of x_t that are predicted, bool [batch, copies * length].
-
-    Returns:
-        (columns of x_t in blocks that hold a prediction, filled up with others [batch, num_noisy]; how many of the
-        first clean tokens such a block sees).
+    The columns of x_t in blocks that hold a prediction, filled up with others [batch, num_noisy], and how many of the
+    first clean tokens such a block sees; from the block ids of the text [batch or 1, length] and which tokens of x_t
+    are predicted, bool [batch, copies * length].
     """
     num_copies = masked.shape[1] // block_ids.shape[1]
     columns = torch.arange(block_ids.shape[1], device=masked.device)
@@ -263,17 +252,11 @@ class TwoStreams:
 
     def of_predictions(self, states: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """
-        The states of the predicted tokens, in the order of x_t.
-
-        Args:
-            states: of both streams [batch, num_noisy + num_clean, hidden].
-            masked: the tokens of x_t that are predicted, bool [batch, copies * length].
-
-        Returns:
-            [num_masked, hidden].
+        The states of the predicted tokens in the order of x_t [num_masked, hidden], from those of both streams [batch,
+        num_noisy + num_clean, hidden] and which tokens of x_t these are, bool [batch, copies * length].
         """
         if self.noisy_columns is not None:
-            # Columns that fill up a row repeat none: each column of x_t is chosen at most once.
+            # Each column of x_t is there at most once.
             masked = masked.gather(1, self.noisy_columns)
         return tokens_where(masked, states[:, : self.num_noisy])
 
