@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils.import_utils import is_tracing
 
 from .attention_block_diffusion import block_diffusion_mask, denoising_positions_and_blocks
 from .diffusion_block_diffusion import (
@@ -33,6 +34,13 @@ from .two_stream_block_diffusion import TextBlocks, TwoStreams, positions_and_bl
 
 
 logger = logging.get_logger(__name__)
+
+NO_NEXT_TOKEN_SCORES = (
+    "%s, but a block diffusion model has no scores of the next token: its logits score the token at each position, "
+    "which it sees unless it is masked. To evaluate, take `bd3lm_hf.evaluate_likelihood`, or `python -m "
+    "bd3lm_hf.evaluation.harness --model bd3lm` for lm-evaluation-harness; to train, give `labels` to the model, or "
+    "take `BD3LMTrainer` or `BD3LMSFTTrainer`."
+)
 
 
 class CacheOutput(ModelOutput):
@@ -91,6 +99,16 @@ class BlockDiffusionOutput(CacheOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     token_nelbo: torch.Tensor | None = None
+
+    def __setitem__(self, key, value):
+        if key == "input_ids":
+            # `FillMaskPipeline` alone puts them here. It would propose the mask token as well, and fill a gap from
+            # earlier ones that are still open.
+            raise ValueError(
+                "`pipeline` must be asked for 'text-infilling' in place of 'fill-mask', which takes the scores of one "
+                "pass over all gaps for probabilities."
+            )
+        super().__setitem__(key, value)
 
 
 def accepts_past_key_values(forward: Callable) -> Callable:
@@ -191,6 +209,23 @@ class BlockDiffusionLMMixin:
     `window_in_blocks`.
     """
 
+    # The look for mask tokens waits for the device: only so many passes are looked at.
+    _num_checks_left = 32
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """As in Transformers; by its tags a trainer of TRL introduces itself, and those train on next tokens."""
+        super().add_model_tags(tags)
+        if "trl" in tags and "block-diffusion" not in tags:
+            logger.warning_once(NO_NEXT_TOKEN_SCORES, f"A trainer of TRL was given this model ({', '.join(tags)})")
+
+    def _warn_of_next_tokens(self, input_ids: torch.Tensor) -> None:
+        """Warns, once, where logits are asked for of tokens [batch, length] of which none is masked."""
+        if not self._num_checks_left or input_ids.device.type == "meta" or is_tracing(input_ids):
+            return
+        self._num_checks_left -= 1
+        if not (input_ids == self.config.mask_token_id).any():
+            logger.warning_once(NO_NEXT_TOKEN_SCORES, "Logits were asked for of `input_ids` without a mask token")
+
     @accepts_past_key_values
     @can_return_tuple
     def forward(
@@ -290,6 +325,10 @@ class BlockDiffusionLMMixin:
         else:
             if use_cache and cache is None:
                 cache = DynamicCache(config=self.config)
+            # Clean text may fill a cache, or be read for its hidden states; `generate` prepares its masks.
+            reads_clean_text = cache is not None or kwargs.get("output_hidden_states") or is_prepared(attention_mask)
+            if inputs_embeds is None and not reads_clean_text:
+                self._warn_of_next_tokens(input_ids)
             given = input_ids if inputs_embeds is None else inputs_embeds
             text["position_ids"], text["attention_mask"] = prepare_denoising(
                 self.config, given, self.dtype, cache=cache, **text
