@@ -220,10 +220,15 @@ class BlockDiffusionLMMixin:
 
     def _warn_of_next_tokens(self, input_ids: torch.Tensor) -> None:
         """Warns, once, where logits are asked for of tokens [batch, length] of which none is masked."""
-        if not self._num_checks_left or input_ids.device.type == "meta" or is_tracing(input_ids):
+        if not self._num_checks_left or is_tracing(input_ids):
             return
         self._num_checks_left -= 1
-        if not (input_ids == self.config.mask_token_id).any():
+        try:
+            all_clean = not (input_ids == self.config.mask_token_id).any()
+        except RuntimeError:
+            # On `meta`, under `vmap` and under tracers there are no values.
+            return
+        if all_clean:
             logger.warning_once(NO_NEXT_TOKEN_SCORES, "Logits were asked for of `input_ids` without a mask token")
 
     @accepts_past_key_values
