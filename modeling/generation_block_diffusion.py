@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
 from .denoising_block_diffusion import Denoiser
 from .guidance_block_diffusion import Guidance
-from .network_block_diffusion import CacheOutput
+from .network_block_diffusion import CacheOutput, accepts_past_key_values
 from .prediction_block_diffusion import CONFIDENCES
 from .prefix_reuse_block_diffusion import sliding_cache
 from .progress_block_diffusion import Canvas, RowProgress
@@ -293,14 +293,14 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     4. Cut the rows where they ended.
     """
 
+    generate = accepts_past_key_values(GenerationMixin.generate)
+
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
         if generation_config is not None:
             generation_config = BD3LMGenerationConfig.from_generation_config(generation_config)
-        given = {name: kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None}
-        if len(given) > 1:
-            raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
-        kwargs.update({CACHE_NAME: cache for cache in given.values()})
+        if "cache" in kwargs:
+            kwargs[CACHE_NAME] = kwargs.pop("cache")
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         # Early: for modes that Transformers has moved to the Hub it would ask for trust in remote code first.
         self._check_mode(generation_config.get_generation_mode(), generation_config)
@@ -312,11 +312,11 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, and with it `generate_batch`: its engine writes one token after the other."""
+        """Refused, and with it `generate_batch`: the engine writes one token after the other."""
         raise ValueError(
             "`generate` must be called in place of `generate_batch` and continuous batching, which write one token "
-            f"after the other, but got a {type(self).__name__}, whose blocks are denoised; `generate` takes prompts of "
-            "any lengths in one batch."
+            f"after the other, but got a {type(self).__name__}, whose blocks are denoised; it takes prompts of any "
+            "lengths in one batch."
         )
 
     @staticmethod

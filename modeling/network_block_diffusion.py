@@ -111,10 +111,10 @@ class BlockDiffusionOutput(CacheOutput):
         super().__setitem__(key, value)
 
 
-def accepts_past_key_values(forward: Callable) -> Callable:
-    """Lets a `forward` that takes `cache` be called with `past_key_values`, its name before Transformers 5.24."""
+def accepts_past_key_values(method: Callable) -> Callable:
+    """Lets a method that takes `cache` be called with `past_key_values`, its name before Transformers 5.24."""
 
-    @functools.wraps(forward)
+    @functools.wraps(method)
     def wrapper(self, *args: Any, **kwargs: Any):
         if "past_key_values" in kwargs:
             past_key_values = kwargs.pop("past_key_values")
@@ -122,7 +122,7 @@ def accepts_past_key_values(forward: Callable) -> Callable:
                 if kwargs.get("cache") is not None:
                     raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
                 kwargs["cache"] = past_key_values
-        return forward(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return wrapper
 
