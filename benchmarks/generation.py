@@ -46,19 +46,19 @@ TOP_P = 0.9
 def plain_loop(model: BD3LMForMaskedLM, prompt: torch.Tensor, num_new_tokens: int) -> int:
     """First-hitting sampling, block by block, the plain way; returns the number of forwards."""
     config, cache, nucleus = model.config, DynamicCache(), TopPLogitsWarper(TOP_P)
-    model(prompt, past_key_values=cache)
+    model(prompt, cache=cache)
     num_forwards = 1
     for _ in range(num_new_tokens // config.block_size):
         block = torch.full((1, config.block_size), config.mask_token_id)
         for _ in range(config.block_size):
-            logits = model(block, past_key_values=CommitCache(cache, 0)).logits.float()
+            logits = model(block, cache=CommitCache(cache, 0)).logits.float()
             logits[..., config.mask_token_id] = -torch.inf
             scores = nucleus(None, logits.flatten(0, 1))
             tokens = torch.multinomial(scores.softmax(-1), 1).view(1, -1)
             masked = (block == config.mask_token_id).nonzero()[:, 1]
             chosen = masked[torch.randint(len(masked), (1,))]
             block[:, chosen] = tokens[:, chosen]
-        model(block, past_key_values=cache)
+        model(block, cache=cache)
         num_forwards += config.block_size + 1
     return num_forwards
 

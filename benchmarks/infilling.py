@@ -97,10 +97,10 @@ def reveal_log_probs(model: BD3LMForMaskedLM, ids: torch.Tensor, gap: Gap, sees_
     cache = None
     if block_start > 0:
         cache = DynamicCache()
-        model(ids[None, :block_start], past_key_values=cache, logits_to_keep=1)
+        model(ids[None, :block_start], cache=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(len(subsets))
         cache = CommitCache(cache, 0)
-    logits = model(x_t, past_key_values=cache).logits[:, inside][masked].float()
+    logits = model(x_t, cache=cache).logits[:, inside][masked].float()
     logits[:, config.mask_token_id] = -torch.inf
     targets = block[inside].expand(len(subsets), -1)[masked]
     log_probs = torch.full(masked.shape, -torch.inf, dtype=torch.float64, device=ids.device)

@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
 from .denoising_block_diffusion import Denoiser
 from .guidance_block_diffusion import Guidance
-from .network_block_diffusion import CacheOutput
+from .network_block_diffusion import CacheOutput, accepts_past_key_values
 from .prediction_block_diffusion import CONFIDENCES
 from .prefix_reuse_block_diffusion import sliding_cache
 from .progress_block_diffusion import Canvas, RowProgress
@@ -293,15 +293,17 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     4. Cut the rows where they ended.
     """
 
+    generate = accepts_past_key_values(GenerationMixin.generate)
+
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
         if generation_config is not None:
             generation_config = BD3LMGenerationConfig.from_generation_config(generation_config)
-        given = {name: kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None}
-        if len(given) > 1:
-            raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
-        kwargs |= dict.fromkeys([CACHE_NAME], *given.values()) if given else {}
+        if "cache" in kwargs:
+            kwargs[CACHE_NAME] = kwargs.pop("cache")
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        # Early: for modes that Transformers has moved to the Hub it would ask for trust in remote code first.
+        self._check_mode(generation_config.get_generation_mode(), generation_config)
         return BD3LMGenerationConfig.from_generation_config(generation_config), model_kwargs
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
@@ -309,17 +311,30 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         super().adjust_generation_fn(*args, **kwargs)
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, and with it `generate_batch`: the engine writes one token after the other."""
+        raise ValueError(
+            "`generate` must be called in place of `generate_batch` and continuous batching, which write one token "
+            f"after the other, but got a {type(self).__name__}, whose blocks are denoised; it takes prompts of any "
+            "lengths in one batch."
+        )
+
+    @staticmethod
+    def _check_mode(generation_mode: GenerationMode, generation_config: GenerationConfig) -> None:
+        if generation_config.cache_implementation == "paged":
+            raise ValueError("`cache_implementation` must not be 'paged', which is continuous batching; leave it out.")
+        mode = generation_mode.value
+        if mode in ("sample", "greedy_search") and generation_config.penalty_alpha:
+            # Transformers ignores it when it samples, which here is the default.
+            mode = "contrastive_search"
+        if mode not in ("sample", "greedy_search"):
+            raise ValueError(
+                "`generate` must be asked to sample or to be greedy, since blocks are denoised and no prefix grows by "
+                f"one token, but got arguments of {mode.replace('_', ' ')}; `sampler` says how blocks are denoised."
+            )
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs) -> None:
-        if generation_config.num_beams > 1:
-            raise ValueError(
-                f"`num_beams` must be 1, but got {generation_config.num_beams}: a block is denoised in parallel, so "
-                "there are no prefixes to keep a beam of."
-            )
-        if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-            raise ValueError(
-                "`generate` denoises blocks by sampling or greedily, but its arguments ask for "
-                f"{generation_mode.value!r}."
-            )
+        self._check_mode(generation_mode, generation_config)
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(generation_config, name):
                 raise ValueError(f"`{name}` must be False in `generate`, but got True; call the model for them.")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils.import_utils import is_tracing
 
 from .attention_block_diffusion import block_diffusion_mask, denoising_positions_and_blocks
 from .diffusion_block_diffusion import (
@@ -33,6 +34,13 @@ from .two_stream_block_diffusion import TextBlocks, TwoStreams, positions_and_bl
 
 
 logger = logging.get_logger(__name__)
+
+NO_NEXT_TOKEN_SCORES = (
+    "%s, but a block diffusion model has no scores of the next token: its logits score the token at each position, "
+    "which it sees unless it is masked. To evaluate, take `bd3lm_hf.evaluate_likelihood`, or `python -m "
+    "bd3lm_hf.evaluation.harness --model bd3lm` for lm-evaluation-harness; to train, give `labels` to the model, or "
+    "take `BD3LMTrainer` or `BD3LMSFTTrainer`."
+)
 
 
 class CacheOutput(ModelOutput):
@@ -92,11 +100,21 @@ class BlockDiffusionOutput(CacheOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     token_nelbo: torch.Tensor | None = None
 
+    def __setitem__(self, key, value):
+        if key == "input_ids":
+            # `FillMaskPipeline` alone puts them here. It would propose the mask token as well, and fill a gap from
+            # earlier ones that are still open.
+            raise ValueError(
+                "`pipeline` must be asked for 'text-infilling' in place of 'fill-mask', which takes the scores of one "
+                "pass over all gaps for probabilities."
+            )
+        super().__setitem__(key, value)
 
-def accepts_past_key_values(forward: Callable) -> Callable:
-    """Lets a `forward` that takes `cache` be called with `past_key_values`, its name before Transformers 5.24."""
 
-    @functools.wraps(forward)
+def accepts_past_key_values(method: Callable) -> Callable:
+    """Lets a method that takes `cache` be called with `past_key_values`, its name before Transformers 5.24."""
+
+    @functools.wraps(method)
     def wrapper(self, *args: Any, **kwargs: Any):
         if "past_key_values" in kwargs:
             past_key_values = kwargs.pop("past_key_values")
@@ -104,7 +122,7 @@ def accepts_past_key_values(forward: Callable) -> Callable:
                 if kwargs.get("cache") is not None:
                     raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
                 kwargs["cache"] = past_key_values
-        return forward(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return wrapper
 
@@ -190,6 +208,28 @@ class BlockDiffusionLMMixin:
     `block_size`, `mask_token_id`, `noise_schedule`, `noise_interval`, `ignore_bos`, `time_conditioning` and
     `window_in_blocks`.
     """
+
+    # The look for mask tokens waits for the device: only so many passes are looked at.
+    _num_checks_left = 32
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """As in Transformers; by its tags a trainer of TRL introduces itself, and those train on next tokens."""
+        super().add_model_tags(tags)
+        if "trl" in tags and "block-diffusion" not in tags:
+            logger.warning_once(NO_NEXT_TOKEN_SCORES, f"A trainer of TRL was given this model ({', '.join(tags)})")
+
+    def _warn_of_next_tokens(self, input_ids: torch.Tensor) -> None:
+        """Warns, once, where logits are asked for of tokens [batch, length] of which none is masked."""
+        if not self._num_checks_left or is_tracing(input_ids):
+            return
+        self._num_checks_left -= 1
+        try:
+            all_clean = not (input_ids == self.config.mask_token_id).any()
+        except RuntimeError:
+            # On `meta`, under `vmap` and under tracers there are no values.
+            return
+        if all_clean:
+            logger.warning_once(NO_NEXT_TOKEN_SCORES, "Logits were asked for of `input_ids` without a mask token")
 
     @accepts_past_key_values
     @can_return_tuple
@@ -290,6 +330,10 @@ class BlockDiffusionLMMixin:
         else:
             if use_cache and cache is None:
                 cache = DynamicCache(config=self.config)
+            # Clean text may fill a cache, or be read for its hidden states; `generate` prepares its masks.
+            reads_clean_text = cache is not None or kwargs.get("output_hidden_states") or is_prepared(attention_mask)
+            if inputs_embeds is None and not reads_clean_text:
+                self._warn_of_next_tokens(input_ids)
             given = input_ids if inputs_embeds is None else inputs_embeds
             text["position_ids"], text["attention_mask"] = prepare_denoising(
                 self.config, given, self.dtype, cache=cache, **text

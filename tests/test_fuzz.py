@@ -106,9 +106,9 @@ def check(models, seed):
     cache = arguments.pop("cache", None)
     copies = arguments.get("num_return_sequences", 1)
     if cache == "dynamic":
-        arguments["past_key_values"] = DynamicCache()
+        arguments["cache"] = DynamicCache()
     elif cache == "static":
-        arguments["past_key_values"] = StaticCache(config=model.config, max_cache_len=width + num_new + 34)
+        arguments["cache"] = StaticCache(config=model.config, max_cache_len=width + num_new + 34)
     torch.manual_seed(seed)
     output = model.generate(
         input_ids,

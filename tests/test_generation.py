@@ -75,11 +75,11 @@ def test_cached_logits_equal_uncached_logits_past_the_window_too(attn_implementa
     cache = DynamicCache()
     for start in range(0, clean.shape[1], block_size):
         block = slice(start, start + block_size)
-        cached = model(noisy[:, block], past_key_values=CommitCache(cache, 0)).logits
+        cached = model(noisy[:, block], cache=CommitCache(cache, 0)).logits
         uncached = model(torch.cat([clean[:, :start], noisy[:, block]], dim=1)).logits[:, start:]
         torch.testing.assert_close(cached, uncached, atol=1e-5, rtol=0)
         assert cache.get_seq_length() == start
-        model(clean[:, block], past_key_values=cache)
+        model(clean[:, block], cache=cache)
 
 
 @pytest.mark.parametrize("make_cache", ["dynamic", "static", "sliding"])
@@ -104,9 +104,9 @@ def test_the_merged_pass_equals_committing_first_and_denoising_then(make_cache):
     for start in range(4, 32, 4):
         before, block = slice(start - 4, start), slice(start, start + 4)
         both = torch.cat([clean[:, before], noisy[:, block]], dim=1)
-        merged = model(both, past_key_values=CommitCache(merged_cache, 4)).logits[:, 4:]
-        model(clean[:, before], past_key_values=separate_cache)
-        separate = model(noisy[:, block], past_key_values=CommitCache(separate_cache, 0)).logits
+        merged = model(both, cache=CommitCache(merged_cache, 4)).logits[:, 4:]
+        model(clean[:, before], cache=separate_cache)
+        separate = model(noisy[:, block], cache=CommitCache(separate_cache, 0)).logits
         uncached = model(torch.cat([clean[:, :start], noisy[:, block]], dim=1)).logits[:, start:]
         torch.testing.assert_close(merged, separate, atol=1e-5, rtol=0)
         torch.testing.assert_close(merged, uncached, atol=1e-5, rtol=0)
@@ -117,14 +117,14 @@ def test_the_cache_keeps_what_the_window_sees_and_no_more():
     inputs = left_padded(random_prompts([5, 10]))
     arguments = {**inputs, "max_new_tokens": 240, "seed": 0}
     output = model.generate(**arguments, return_dict_in_generate=True)
-    cache = output.past_key_values
+    cache = output.cache
     # 16 x the context; 12 tokens are what a block of 4 sees beside itself, and a row may be a block behind another.
     assert cache.get_seq_length() >= 240
     assert all(layer.keys.shape[-2] == 12 + 4 for layer in cache.layers)
     alone = model.generate(**left_padded(random_prompts([5])), max_new_tokens=240, return_dict_in_generate=True)
-    assert all(layer.keys.shape[-2] == 12 for layer in alone.past_key_values.layers)
+    assert all(layer.keys.shape[-2] == 12 for layer in alone.cache.layers)
     everything = DynamicCache()
-    assert torch.equal(model.generate(**arguments, past_key_values=everything), output.sequences)
+    assert torch.equal(model.generate(**arguments, cache=everything), output.sequences)
     assert everything.layers[0].keys.shape[-2] >= 240
 
 
@@ -156,8 +156,8 @@ def test_every_cache_gives_the_same_tokens_as_none(attn_implementation, lengths)
     caches = [
         {},
         {"cache_implementation": "static"},
-        {"past_key_values": DynamicCache()},
-        {"past_key_values": StaticCache(config=model.config, max_cache_len=64)},
+        {"cache": DynamicCache()},
+        {"cache": StaticCache(config=model.config, max_cache_len=64)},
     ]
     for cache in caches:
         assert torch.equal(model.generate(**arguments, **cache), expected), cache
@@ -464,8 +464,8 @@ def test_a_returned_cache_continues_with_the_result_of_one_go():
     prompt = random_prompts([5])[0][None]
     whole = model.generate(prompt, max_new_tokens=15, **DETERMINISTIC)
     first = model.generate(prompt, max_new_tokens=7, return_dict_in_generate=True, **DETERMINISTIC)
-    assert first.past_key_values.get_seq_length() == 8
-    second = model.generate(first.sequences, max_new_tokens=8, past_key_values=first.past_key_values, **DETERMINISTIC)
+    assert first.cache.get_seq_length() == 8
+    second = model.generate(first.sequences, max_new_tokens=8, cache=first.cache, **DETERMINISTIC)
     assert torch.equal(second, whole)
 
 
@@ -503,9 +503,9 @@ def test_the_returned_cache_is_that_of_the_returned_text_also_for_rows_that_ende
     assert (output.sequences[0, 6:] == 7).all() and output.sequences.shape == (2, 16)
     model = random_model()
     fresh = DynamicCache()
-    model(output.sequences[:, :12], past_key_values=fresh)
-    assert output.past_key_values.get_seq_length() == 12
-    for kept, expected in zip(output.past_key_values.layers, fresh.layers):
+    model(output.sequences[:, :12], cache=fresh)
+    assert output.cache.get_seq_length() == 12
+    for kept, expected in zip(output.cache.layers, fresh.layers):
         torch.testing.assert_close(kept.keys, expected.keys, atol=1e-5, rtol=0)
         torch.testing.assert_close(kept.values, expected.values, atol=1e-5, rtol=0)
 

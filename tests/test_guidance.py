@@ -83,7 +83,7 @@ def test_alone_in_a_batch_and_with_any_cache_or_none_far_past_the_context(model,
     }
     batch = model.generate(**left_padded(prompts), **guides, **arguments, seed=0)
     caches = [DynamicCache(), StaticCache(config=model.config, max_cache_len=96)]
-    for given in ({"use_cache": False}, *({"past_key_values": cache} for cache in caches)):
+    for given in ({"use_cache": False}, *({"cache": cache} for cache in caches)):
         assert torch.equal(model.generate(**left_padded(prompts), **guides, **arguments, seed=0, **given), batch)
     for row, (prompt, negative) in enumerate(zip(prompts, negatives)):
         alone = model.generate(prompt[None], negative_prompt_ids=negative[None], **arguments, seed=row)
@@ -131,7 +131,7 @@ def test_a_guided_text_is_continued_behind_both_prompts(model):
         first.sequences,
         negative_prompt_ids=torch.cat([negative, first.sequences[:, 8:]], dim=1),
         max_new_tokens=8,
-        past_key_values=first.past_key_values,
+        cache=first.cache,
         **arguments,
     )
     assert torch.equal(continued, whole)

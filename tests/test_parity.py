@@ -83,9 +83,9 @@ def test_cached_logits_past_the_window(load, name):
     )
     for b, (noised, clean) in enumerate(blocks):
         common = {"timesteps": expected["timesteps"], "use_cache": True}
-        logits.append(model(input_ids=noised, past_key_values=CommitCache(cache, 0), **common).logits)
+        logits.append(model(input_ids=noised, cache=CommitCache(cache, 0), **common).logits)
         assert cache.get_seq_length() == b * size, "a denoising pass must write nothing"
-        model(input_ids=clean, past_key_values=cache, **common)
+        model(input_ids=clean, cache=cache, **common)
     assert_near(torch.cat(logits, dim=1), expected["cached_logits"])
 
 
@@ -100,9 +100,7 @@ def test_merged_commit_and_denoise_pass_past_the_window(load, name):
     for b in range(len(noised)):
         merged = noised[b] if b == 0 else torch.cat([clean[b - 1], noised[b]], dim=1)
         committing = CommitCache(cache, 0 if b == 0 else size)
-        passed = model(
-            input_ids=merged, past_key_values=committing, timesteps=expected["timesteps"], use_cache=True
-        ).logits
+        passed = model(input_ids=merged, cache=committing, timesteps=expected["timesteps"], use_cache=True).logits
         logits.append(passed[:, -size:])
         assert cache.get_seq_length() == b * size
     assert_near(torch.cat(logits, dim=1), expected["cached_logits"])

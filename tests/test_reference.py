@@ -184,17 +184,17 @@ def test_cached_logits_of_left_padded_rows_past_the_window(kind, attn_implementa
     x_0, x_t = random_ids(model, length)
     mask = (torch.arange(length) >= torch.tensor([[0], [4], [8]])).long()
     cache = DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=length + size)
-    model(input_ids=x_0[:, :width], attention_mask=mask[:, :width], past_key_values=cache)
+    model(input_ids=x_0[:, :width], attention_mask=mask[:, :width], cache=cache)
     for start in range(width, length, size):
         end = start + size
         noised = x_t[:, start:end]
-        actual = model(input_ids=noised, attention_mask=mask[:, :end], past_key_values=CommitCache(cache, 0)).logits
+        actual = model(input_ids=noised, attention_mask=mask[:, :end], cache=CommitCache(cache, 0)).logits
         text = torch.cat([x_0[:, :start], noised], dim=1)
         expected = reference.denoising_logits(model.state_dict(), model.config, text, attention_mask=mask[:, :end])[
             :, start:
         ]
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=LOGITS_ATOL)
-        model(input_ids=x_0[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        model(input_ids=x_0[:, start:end], attention_mask=mask[:, :end], cache=cache)
         assert int(cache.get_seq_length()) == end
 
 

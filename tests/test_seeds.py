@@ -43,7 +43,7 @@ def test_with_any_cache_and_without(model, sampler):
     assert len(expected[:, 6:].unique()) > 15
     assert torch.equal(model.generate(**inputs, **arguments, use_cache=False), expected)
     for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=64)):
-        assert torch.equal(model.generate(**inputs, **arguments, past_key_values=cache), expected)
+        assert torch.equal(model.generate(**inputs, **arguments, cache=cache), expected)
     assert not torch.equal(model.generate(**inputs, **{**arguments, "seed": 5}), expected)
 
 
@@ -66,10 +66,10 @@ def test_in_chunks_of_whole_blocks_and_in_one_go(model, sampler):
             **sampler,
             max_new_tokens=num_new,
             seed=1,
-            past_key_values=cache,
+            cache=cache,
             return_dict_in_generate=True,
         )
-        sequences, cache = output.sequences, output.past_key_values
+        sequences, cache = output.sequences, output.cache
     assert torch.equal(sequences, whole)
 
 
