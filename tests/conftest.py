@@ -1,8 +1,8 @@
 """
-What the tests share: the device, the folder of outside material, tiny configurations, and weights with something to say.
+What the tests share: the device, the folder of outside material, tiny configurations, weights with something to say.
 
-`--device cuda` runs the tests of `ON_DEVICE` there: the models of this file are on it, and so are the tensors that test
-files make without saying where. What the package makes is where the package puts it.
+`--device cuda` runs the tests of `ON_DEVICE` there: the models of this file are on it, and so are the tensors that
+test files make without saying where. What the package makes is where the package puts it.
 """
 
 import math
@@ -148,7 +148,8 @@ def randomize(model, seed=0, logit_std=1.0):
     Redraws every parameter in place, so that attention is far from uniform, every branch counts, and the logits over
     random ids have a standard deviation of about `logit_std`. Returns the model.
 
-    The model is on `DEVICE` from then on. A freshly initialised model has zero modulation and zero logits, before which any two masks look the same.
+    The model is on `DEVICE` from then on. A freshly initialised model has zero modulation and zero logits, before
+    which any two masks look the same.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -70,6 +70,7 @@ class GpuTensor(torch.Tensor):
                 f"Expected all tensors to be on the same device, but {func} got some on cpu, of shapes "
                 f"{[list(tensor.shape) for tensor in strangers]}."
             )
+        check_generator((args, kwargs))
         options = tuple(value for value in (*args, *kwargs.values()) if isinstance(value, str))
         cls.operations.add((name, options, main_dtype(name, tensors)))
         if name in ("copy_", "_to_copy") and not isinstance(args[0], cls):
@@ -80,6 +81,12 @@ class GpuTensor(torch.Tensor):
     @classmethod
     def unwrapped(cls, values):
         return tree_map_only(cls, lambda tensor: tensor.on_cpu, values)
+
+
+def check_generator(arguments):
+    """A generator draws on its own device only, and of the simulated GPU there is none."""
+    if any(isinstance(leaf, torch.Generator) for leaf in tree_leaves(arguments)):
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'.")
 
 
 def main_dtype(name, tensors):
@@ -163,6 +170,7 @@ def on_simulated_gpu(func, args, kwargs):
         return to(*args, **kwargs)
     if not is_gpu(kwargs.get("device")):
         return func(*args, **kwargs)
+    check_generator((args, kwargs))
     out = func(*args, **{**kwargs, "device": "cpu"})
     return tree_map_only(torch.Tensor, lambda tensor: moved(tensor, GPU), out)
 
