@@ -1,7 +1,13 @@
-"""What the tests share: the folder of outside material, tiny configurations, and weights with something to say."""
+"""
+What the tests share: the device, the folder of outside material, tiny configurations, weights with something to say.
+
+`--device cuda` runs the tests of `ON_DEVICE` there: the models of this file are on it, and so are the tensors that
+test files make without saying where. What the package makes is where the package puts it.
+"""
 
 import math
 import os
+import sys
 from pathlib import Path
 
 
@@ -10,10 +16,107 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from simulated_gpu import SimulatedGpu
 from torch.nn.attention import flex_attention
+from torch.overrides import TorchFunctionMode
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
 from bd3lm_hf.modeling import diffusion_block_diffusion
+
+
+TESTS = Path(__file__).parent
+# Where models and tensors of the tests are: `--device`, of the device "simulated" the one that is simulated.
+DEVICE = torch.device("cpu")
+# The tests that run on any device.
+ON_DEVICE = (
+    "test_continuation.py",
+    "test_copies.py",
+    "test_diffusion.py",
+    "test_errors.py",
+    "test_evaluation.py",
+    "test_first_hitting.py",
+    "test_fixture.py",
+    "test_fuzz.py",
+    "test_generation.py",
+    "test_gpu.py",
+    "test_guidance.py",
+    "test_infill.py",
+    "test_loss.py",
+    "test_modeling.py",
+    "test_noise.py",
+    "test_parity.py",
+    "test_peft.py",
+    "test_reference.py",
+    "test_samplers.py",
+    "test_seeds.py",
+    "test_stopping.py",
+    "test_trainer.py",
+    "test_training_modes.py",
+    "test_variance.py",
+)
+FACTORIES = (
+    torch.arange,
+    torch.as_tensor,
+    torch.empty,
+    torch.eye,
+    torch.full,
+    torch.linspace,
+    torch.ones,
+    torch.rand,
+    torch.randint,
+    torch.randn,
+    torch.randperm,
+    torch.tensor,
+    torch.zeros,
+)
+
+
+class OnDevice(TorchFunctionMode):
+    """
+    Tensors that test files make are on `DEVICE`, unless they say otherwise.
+
+    Random numbers are drawn where their generator is, so that they are the same on every device. A default device of
+    torch's would do so for the package as well, and hide what it forgets to put on its inputs' device.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made_by = Path(sys._getframe(1).f_code.co_filename)
+        if func not in FACTORIES or made_by.parent != TESTS or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        generator = kwargs.get("generator")
+        return func(*args, **kwargs, device=DEVICE if generator is None else generator.device).to(DEVICE)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="cpu, cuda, cuda:1, ..., or simulated: a GPU whose work the CPU does (tests/simulated_gpu.py)",
+    )
+
+
+def pytest_configure(config):
+    global DEVICE
+    device = config.getoption("--device")
+    if device == "cpu":
+        return
+    if device == "simulated":
+        simulated_gpu = SimulatedGpu()
+        simulated_gpu.__enter__()
+        config.add_cleanup(lambda: simulated_gpu.__exit__(None, None, None))
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device} needs a CUDA device, which is not here")
+    DEVICE = torch.device("cuda" if device == "simulated" else device)
+    on_device = OnDevice()
+    on_device.__enter__()
+    config.add_cleanup(lambda: on_device.__exit__(None, None, None))
+
+
+def pytest_ignore_collect(collection_path, config):
+    is_test = collection_path.name.startswith("test_")
+    if is_test and config.getoption("--device") != "cpu" and collection_path.name not in ON_DEVICE:
+        return True
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +159,8 @@ def randomize(model, seed=0, logit_std=1.0):
     Redraws every parameter in place, so that attention is far from uniform, every branch counts, and the logits over
     random ids have a standard deviation of about `logit_std`. Returns the model.
 
-    A freshly initialised model has zero modulation and zero logits, before which any two masks look the same.
+    The model is on `DEVICE` from then on. A freshly initialised model has zero modulation and zero logits, before
+    which any two masks look the same.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,7 +168,7 @@ def randomize(model, seed=0, logit_std=1.0):
         parameter.copy_(mean + std * torch.randn(parameter.shape, generator=generator))
 
     training = model.training
-    model.eval()
+    model.to(DEVICE).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -87,7 +191,7 @@ def randomize(model, seed=0, logit_std=1.0):
 
 
 def random_model(seed=0, attn_implementation="eager", **overrides):
-    """A `BD3LMForMaskedLM` of `tiny_config(**overrides)` in eval mode, with the weights of `randomize`."""
+    """A `BD3LMForMaskedLM` of `tiny_config(**overrides)` in eval mode on `DEVICE`, with the weights of `randomize`."""
     config = tiny_config(**overrides)
     model = BD3LMForMaskedLM._from_config(config, attn_implementation=attn_implementation)
     return randomize(model, seed).eval()
