@@ -236,8 +236,9 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     # A backend that brings its own attention (vLLM, SGLang) would run this model as a causal one.
     _supports_attention_backend = False
-    # Small, and everything passes through them: quantizers leave them as they are.
-    _keep_in_fp32_modules = ["noise_embedding", "adaln_modulation"]
+    # Small, and everything passes through them: quantizers leave them as they are, and float16 does not round them.
+    # Quantizers match these from the start of a module's (torchao: a parameter's) name, so they allow for parents.
+    _keep_in_fp32_modules = [r"(?:.+\.)?noise_embedding", r"(?:.+\.)?adaln_modulation"]
     # Buffers of the published code: the rotary frequencies follow from the config, the interval stands in it.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)"]
     _can_record_outputs = {"hidden_states": BD3LMDecoderLayer, "attentions": BD3LMAttention}
