@@ -46,7 +46,11 @@ class BD3LMNoiseEmbedding(nn.Module):
         half = self.num_features // 2
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angles = sigma[..., None].float() * torch.exp(-math.log(self.max_period) * exponents)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        # A projection that a quantizer put here may have no such weight; it takes any floating point.
+        weight = getattr(self.linear_1, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            features = features.to(weight.dtype)
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
 
