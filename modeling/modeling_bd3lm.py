@@ -208,7 +208,7 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
 
         shift, scale, gate = attn_modulation
         branch = modulate(self.input_layernorm(hidden_states), shift, scale)
-        branch, _ = self.self_attn(branch, position_embeddings, attention_mask, cache, **kwargs)
+        branch, _ = self.self_attn(branch, position_embeddings, attention_mask, cache=cache, **kwargs)
         hidden_states = self.add(hidden_states, branch, gate)
 
         shift, scale, gate = mlp_modulation
@@ -371,7 +371,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         condition = self.condition(timesteps, hidden_states.device)
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, position_embeddings, condition, cache, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, position_embeddings, condition, cache=cache, **kwargs)
         hidden_states = self.norm(hidden_states)
         if condition is not None:
             shift, scale = self.adaln_modulation(condition).to(hidden_states.dtype).chunk(2, dim=-1)
