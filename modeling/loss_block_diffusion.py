@@ -28,8 +28,7 @@ def token_nats(
     """
     numel = CHUNK_NUMEL_ON_CPU if hidden_states.device.type == "cpu" else CHUNK_NUMEL
     chunk_size = max(1, numel // getattr(head, "out_features", 2**16))
-    # A wrapped head (an adapter, a quantized, an offloaded or a sharded layer) has a forward, hooks or a kind of weight
-    # of its own.
+    # A wrapped head (adapted, quantized, offloaded or sharded) has a forward, hooks or a kind of weight of its own.
     is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
     is_plain = is_plain and not head._forward_pre_hooks and not head._forward_hooks
     # In lower precision torch's own returns nats that are rounded to it.
