@@ -28,8 +28,9 @@ def token_nats(
     """
     numel = CHUNK_NUMEL_ON_CPU if hidden_states.device.type == "cpu" else CHUNK_NUMEL
     chunk_size = max(1, numel // getattr(head, "out_features", 2**16))
-    # A wrapped head (an adapter, a quantized or an offloaded layer) has a forward of its own.
-    is_plain = type(head) is nn.Linear and "forward" not in vars(head) and not hasattr(head, "_hf_hook")
+    # A wrapped head (adapted, quantized, offloaded or sharded) has a forward, hooks or a kind of weight of its own.
+    is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
+    is_plain = is_plain and not head._forward_pre_hooks and not head._forward_hooks
     # In lower precision torch's own returns nats that are rounded to it.
     is_float32 = hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type)
     if is_plain and is_float32 and hasattr(nn, "LinearCrossEntropyOptions"):

@@ -46,7 +46,11 @@ class BD3LMNoiseEmbedding(nn.Module):
         half = self.num_features // 2
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angles = sigma[..., None].float() * torch.exp(-math.log(self.max_period) * exponents)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        # A projection that a quantizer put here may have no such weight; it takes any floating point.
+        weight = getattr(self.linear_1, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+            features = features.to(weight.dtype)
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
 
@@ -204,7 +208,7 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
 
         shift, scale, gate = attn_modulation
         branch = modulate(self.input_layernorm(hidden_states), shift, scale)
-        branch, _ = self.self_attn(branch, position_embeddings, attention_mask, cache, **kwargs)
+        branch, _ = self.self_attn(branch, position_embeddings, attention_mask, cache=cache, **kwargs)
         hidden_states = self.add(hidden_states, branch, gate)
 
         shift, scale, gate = mlp_modulation
@@ -236,8 +240,9 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     # A backend that brings its own attention (vLLM, SGLang) would run this model as a causal one.
     _supports_attention_backend = False
-    # Small, and everything passes through them: quantizers leave them as they are.
-    _keep_in_fp32_modules = ["noise_embedding", "adaln_modulation"]
+    # Small, and everything passes through them: quantizers leave them as they are, and float16 does not round them.
+    # Quantizers match these from the start of a module's (torchao: a parameter's) name, so they allow for parents.
+    _keep_in_fp32_modules = [r"(?:.+\.)?noise_embedding", r"(?:.+\.)?adaln_modulation"]
     # Buffers of the published code: the rotary frequencies follow from the config, the interval stands in it.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)"]
     _can_record_outputs = {"hidden_states": BD3LMDecoderLayer, "attentions": BD3LMAttention}
@@ -366,7 +371,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         condition = self.condition(timesteps, hidden_states.device)
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, position_embeddings, condition, cache, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask, position_embeddings, condition, cache=cache, **kwargs)
         hidden_states = self.norm(hidden_states)
         if condition is not None:
             shift, scale = self.adaln_modulation(condition).to(hidden_states.dtype).chunk(2, dim=-1)
