@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Pipeline
 
-from .generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+from .generation_block_diffusion import BD3LMGenerationConfig
 
 
 TEXT_INFILLING = "text-infilling"
@@ -62,7 +62,7 @@ class TextInfillingPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.model.config
-        if not isinstance(self.model, BlockDiffusionGenerationMixin):
+        if not hasattr(self.model, "token_nats"):
             raise ValueError(
                 f"`model` must be a block diffusion language model, but got a {type(self.model).__name__}."
             )
@@ -116,8 +116,11 @@ class TextInfillingPipeline(Pipeline):
         self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1
     ) -> dict[str, torch.Tensor]:
         """
-        The `input_ids` and `attention_mask` [1, length] of one text, its gaps masked and BOS in front as in training,
-        and `num_added` [1], 1 if BOS was not there.
+        `input_ids` and `attention_mask` [1, length] of one text, its gaps masked and BOS in front as in training, and
+        `num_added` [1], 1 if BOS was not there. `inputs`, `placeholder` and `gap_length` are those of `__call__`.
+
+        Raises:
+            ValueError: no text, no gap in it, lengths that don't fit, a tokenizer that splits the mask token.
         """
         text = inputs
         if isinstance(inputs, dict):

@@ -247,6 +247,7 @@ class BlockDiffusionLMMixin:
         logits_to_keep: int | torch.Tensor = 0,
         document_ids: torch.LongTensor | None = None,
         noise_interval: tuple[float, float] | None = None,
+        noise_seed: int = 0,
         loss_weights: torch.FloatTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
@@ -282,6 +283,7 @@ class BlockDiffusionLMMixin:
                 columns of each row [batch, kept]; 0 means all.
             document_ids: equal for the tokens of one document of a packed row [batch, length].
             noise_interval: (beta, omega) that t is drawn from, in place of the one above.
+            noise_seed: in evaluation mode the same text meets other noise under another number.
             loss_weights: weight in the loss of each masked token of `input_ids`, of its shape; goes with `labels` and
                 `clean_input_ids`.
             num_items_in_batch: denominator of the loss in place of the number of predicted tokens.
@@ -312,7 +314,9 @@ class BlockDiffusionLMMixin:
                     )
                 clean_input_ids = input_ids
                 blocks = TextBlocks.of_batch(self.config, clean_input_ids, labels, **text)
-                input_ids, timesteps, loss_weights = self._draw_noise(clean_input_ids, blocks, noise_interval)
+                input_ids, timesteps, loss_weights = self._draw_noise(
+                    clean_input_ids, blocks, noise_interval, noise_seed
+                )
             elif loss_weights is None or noise_interval is not None:
                 raise ValueError(
                     "`labels` with `clean_input_ids` take noise drawn elsewhere, so `loss_weights` must be given and "
@@ -384,7 +388,7 @@ class BlockDiffusionLMMixin:
         )
 
     def _draw_noise(
-        self, x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None
+        self, x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None, noise_seed: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """One draw of t per block and of x_t: (x_t, sigma of each token or None, weight of each token in the loss)."""
         config, schedule, uniform = self.config, NOISE_SCHEDULES[self.config.noise_schedule], None
@@ -392,7 +396,8 @@ class BlockDiffusionLMMixin:
             interval = config.noise_interval if noise_interval is None else noise_interval
             t = sample_timesteps(*blocks.shape, interval, device=x_0.device).gather(1, blocks.block)
         else:
-            t, uniform = noise_of_text(x_0, blocks, FULL_NOISE_INTERVAL if noise_interval is None else noise_interval)
+            interval = FULL_NOISE_INTERVAL if noise_interval is None else noise_interval
+            t, uniform = noise_of_text(x_0, blocks, interval, noise_seed)
         mask_probability = schedule.mask_probability(t)
         x_t = forward_process(x_0, mask_probability, config.mask_token_id, maskable=blocks.predicted, uniform=uniform)
         timesteps = sigma_from_mask_probability(mask_probability) if config.time_conditioning else None
@@ -451,7 +456,7 @@ class BlockDiffusionLMMixin:
 
 
 def noise_of_text(
-    x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float]
+    x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float], seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Noise that depends on the text of each row alone, so that two evaluations of the same weights agree.
@@ -462,6 +467,7 @@ def noise_of_text(
         x_0: ids [batch, length].
         blocks: those of `x_0`.
         noise_interval: (beta, omega) that t is drawn from.
+        seed: another number gives other noise.
 
     Returns:
         (t of each token, that of its block; a uniform number in [0, 1) for each predicted token, 1 for others), both
@@ -473,7 +479,9 @@ def noise_of_text(
         chosen = predicted[row]
         if not chosen.any():
             continue
-        digest = hashlib.blake2b(ids[row][chosen].long().numpy().tobytes(), digest_size=4).digest()
+        digest = hashlib.blake2b(
+            ids[row][chosen].long().numpy().tobytes() + str(seed).encode(), digest_size=4
+        ).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         drawn_blocks = block[row][chosen].unique()
         t_of_block = torch.zeros(int(block[row].max()) + 1)

@@ -166,8 +166,8 @@ def test_prompt_tokens_are_never_masked_and_carry_no_loss(tokenizer, max_length,
         output = model(**batch)
         x_t = recorded_draws[-1][2]
         assert torch.equal(x_t[~is_completion], batch["input_ids"][~is_completion])
-        assert (output.nelbo[~is_completion] == 0).all()
-        assert output.loss.item() == pytest.approx((output.nelbo.sum() / is_completion.sum()).item(), rel=1e-5)
+        assert (output.token_nelbo[~is_completion] == 0).all()
+        assert output.loss.item() == pytest.approx((output.token_nelbo.sum() / is_completion.sum()).item(), rel=1e-5)
         ever_masked |= x_t == tokenizer.mask_token_id
     assert torch.equal(ever_masked, is_completion)
 
@@ -177,7 +177,7 @@ def test_prompts_are_read_though_they_are_not_predicted(tokenizer, chosen_draws)
     batch = BD3LMDataCollator(tokenizer.pad_token_id)(list(prepare_finetuning(pairs(rows), tokenizer)))
     assert "attention_mask" not in batch
     chosen_draws(torch.full(batch["labels"].shape, 0.5), torch.ones_like(batch["labels"], dtype=torch.bool))
-    nelbo = model_for(tokenizer)(**batch).nelbo
+    nelbo = model_for(tokenizer)(**batch).token_nelbo
     predicted = batch["labels"][0] != -100
     assert (nelbo[0] - nelbo[1]).abs()[predicted].min() > 1e-3
 
@@ -384,7 +384,9 @@ def test_documents_packed_together_give_the_losses_that_they_give_alone(
         output = model(**batch)
         found = {}
         for row, documents in enumerate(documents_of_rows):
-            parts = output.nelbo[row, : sum(map(len, documents))].split([len(document) for document in documents])
+            parts = output.token_nelbo[row, : sum(map(len, documents))].split(
+                [len(document) for document in documents]
+            )
             found.update(zip(documents, parts, strict=True))
         return found, output.loss
 

@@ -9,8 +9,8 @@ import torch
 
 # Blocks of up to so many new tokens have so few masks (15) that all of them are read.
 MOST_ENUMERATED_TOKENS = 4
-# For larger blocks: independent draws of the noise, each of so many copies that share out t between them.
-NUM_DRAWS, COPIES_PER_DRAW = 8, 4
+# For larger blocks: so many independent draws of the noise.
+NUM_DRAWS = 32
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def likelihood_of_new_tokens(model: Any, tokens: torch.Tensor, is_new: torch.Ten
 
     With t integrated out, that of a block with m new tokens is `sum_k 1/k E_{|M|=k} sum_{i in M} -log x_theta(x_i)`, M
     uniform among the k-subsets. Up to 4 new tokens per block all 2^m - 1 subsets are read. For more, and for models
-    that read t, the training loss of evaluation is averaged over draws of t from the full interval; it gives the same
-    figures each time, and leaves torch's generator as it was.
+    that read t, the loss of evaluation is averaged over draws of the noise, the same ones each time.
 
     Args:
         tokens: ids of a finished text [length].
@@ -73,11 +72,8 @@ def likelihood_of_new_tokens(model: Any, tokens: torch.Tensor, is_new: torch.Ten
         noise = {name: values.to(model.device) for name, values in noise.items()}
         nelbo = model(clean_input_ids=text, labels=labels, **noise).loss.item()
         return Likelihood(nelbo, 0.0, True, is_bound)
-    copies = {"input_ids": text.repeat(COPIES_PER_DRAW, 1), "labels": labels.repeat(COPIES_PER_DRAW, 1)}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        draws = torch.stack([model(**copies).loss.double() for _ in range(NUM_DRAWS)])
+    draws = [model(text, labels=labels, noise_seed=seed).loss.double() for seed in range(NUM_DRAWS)]
+    draws = torch.stack(draws)
     return Likelihood(draws.mean().item(), draws.std().item() / math.sqrt(NUM_DRAWS), False, is_bound)
 
 
