@@ -471,7 +471,7 @@ def noise_of_text(
         chosen = predicted[row]
         if not chosen.any():
             continue
-        digest = hashlib.blake2b(ids[row][chosen].long().numpy().tobytes(), digest_size=4).digest()
+        digest = hashlib.blake2b(str(ids[row][chosen].tolist()).encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         drawn_blocks = block[row][chosen].unique()
         t_of_block = torch.zeros(int(block[row].max()) + 1)
