@@ -89,9 +89,11 @@ def sample_timesteps(
     validate_noise_interval(noise_interval)
     beta, omega = noise_interval
     num_strata = batch_size * num_blocks
-    t = torch.rand(num_strata, generator=generator, device=device)
+    # Under `torch.compile` the overloads with a generator take no sizes that vary.
+    source = {"device": device} if generator is None else {"device": device, "generator": generator}
+    t = torch.rand(num_strata, **source)
     if antithetic:
-        t = (torch.randperm(num_strata, generator=generator, device=device) + t) / num_strata
+        t = (torch.randperm(num_strata, **source) + t) / num_strata
     return (beta + (omega - beta) * t).view(batch_size, num_blocks)
 
 
@@ -118,7 +120,7 @@ def forward_process(
         x_t [batch, length].
     """
     if uniform is None:
-        uniform = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+        uniform = torch.empty(x_0.shape, device=x_0.device).uniform_(generator=generator)
     masked = uniform < mask_probability
     if maskable is not None:
         masked = masked & maskable

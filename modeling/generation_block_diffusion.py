@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .configuration_bd3lm import NOISE_SCHEDULE_NAMES
 from .denoising_block_diffusion import Denoiser
 from .guidance_block_diffusion import Guidance
-from .network_block_diffusion import CacheOutput, accepts_past_key_values
+from .network_block_diffusion import CacheOutput, accepts_past_key_values, as_int64
 from .prediction_block_diffusion import CONFIDENCES
 from .prefix_reuse_block_diffusion import sliding_cache
 from .progress_block_diffusion import Canvas, RowProgress
@@ -354,6 +354,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         if name != "input_ids":
             raise ValueError(f"`generate` needs the prompts in `input_ids`, but got `{name}`.")
+        inputs = as_int64(name, inputs)
         self._check_prompts(inputs, model_kwargs.get("attention_mask"))
         return inputs, name, model_kwargs
 
@@ -395,6 +396,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
+        if negative_prompt_ids is not None:
+            negative_prompt_ids = as_int64("negative_prompt_ids", negative_prompt_ids)
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         # Transformers' own runs the model on a next token, which this one does not predict.
         is_guided = any(type(part) is UnbatchedClassifierFreeGuidanceLogitsProcessor for part in processors)

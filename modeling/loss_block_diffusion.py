@@ -1,5 +1,7 @@
 """-log x_theta of the masked tokens, without ever holding the logits of all of them."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -33,9 +35,13 @@ def token_nats(
     is_plain = is_plain and not head._forward_pre_hooks and not head._forward_hooks
     # In lower precision torch's own returns nats that are rounded to it.
     is_float32 = hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type)
-    if is_plain and is_float32 and hasattr(nn, "LinearCrossEntropyOptions"):
+    # Under `torch.func`, and on tensors without data, neither torch's own nor a checkpoint has a gradient.
+    is_abstract = hidden_states.is_meta or torch._C._are_functorch_transforms_active()
+    # A compiler would make torch's own anew for each number of tokens.
+    is_traced = is_abstract or torch.compiler.is_compiling()
+    if is_plain and is_float32 and not is_traced and hasattr(nn, "LinearCrossEntropyOptions"):
         return fused_nats(hidden_states, targets, head, mask_token_id, chunk_size)
-    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size)
+    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size, keep_logits=is_abstract)
 
 
 def fused_nats(
@@ -56,9 +62,14 @@ def fused_nats(
 
 
 def chunked_nats(
-    hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Module, mask_token_id: int, chunk_size: int
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    head: nn.Module,
+    mask_token_id: int,
+    chunk_size: int,
+    keep_logits: bool = False,
 ) -> torch.Tensor:
-    """[`token_nats`] in chunks of tokens, whose logits are made again in the backward pass."""
+    """[`token_nats`] in chunks of tokens, whose logits are kept or made again in the backward pass."""
 
     def nats_of_chunk(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         logits = head(hidden).float()
@@ -66,4 +77,5 @@ def chunked_nats(
         return nn.functional.cross_entropy(logits.masked_fill(is_mask_token, -torch.inf), target, reduction="none")
 
     chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
-    return torch.cat([checkpoint(nats_of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    nats = nats_of_chunk if keep_logits else partial(checkpoint, nats_of_chunk, use_reentrant=False)
+    return torch.cat([nats(*chunk) for chunk in chunks])

@@ -280,6 +280,23 @@ class BD3LMPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        """
+        As `PreTrainedModel.resize_token_embeddings`.
+
+        Raises:
+            ValueError: the mask token would be dropped.
+        """
+        multiple, mask_token_id = pad_to_multiple_of or 1, self.config.mask_token_id
+        if new_num_tokens is not None and -(-new_num_tokens // multiple) * multiple <= mask_token_id:
+            raise ValueError(
+                f"`new_num_tokens` must be at least {mask_token_id + 1}, for the mask token to stay, whose id is "
+                f"`config.mask_token_id`, but got {new_num_tokens}."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         As `PreTrainedModel.save_pretrained`, with the sources of the model and of its pipeline beside the weights, for
@@ -290,6 +307,9 @@ class BD3LMPreTrainedModel(PreTrainedModel):
 
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        if self.can_generate():
+            # A plain one takes sampling arguments without `do_sample` for a mistake.
+            self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
         # A checkpoint read in the published format is saved in this one.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -185,6 +185,34 @@ def is_prepared(attention_mask: Any) -> bool:
     return attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
 
 
+def as_int64(name: str, ids: torch.Tensor) -> torch.Tensor:
+    """
+    Ids of any integer dtype as int64.
+
+    Raises:
+        ValueError: these are no integers.
+    """
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"`{name}` must be of an integer dtype, but got {ids.dtype}.")
+    return ids.long()
+
+
+def check_head(head: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: PEFT has put in the place of a head that has a bias one that has none.
+    """
+    plain = getattr(head, "original_module", getattr(head, "base_layer", None))
+    copies = getattr(head, "modules_to_save", {}).values()
+    drops_bias = hasattr(head, "token_adapter") or hasattr(head, "trainable_tokens_delta")
+    if getattr(plain, "bias", None) is not None and (drops_bias or any(copy.bias is None for copy in copies)):
+        raise ValueError(
+            "`lm_head` must keep its bias, which PEFT leaves out where `trainable_token_indices` or "
+            f"`ensure_weight_tying` ties it to the embeddings, but got a {type(head).__name__}; adapt "
+            "`target_modules=['embed_tokens']`, or a model without `tie_word_embeddings`."
+        )
+
+
 def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """
     The states whose logits are wanted.
@@ -299,6 +327,17 @@ class BlockDiffusionLMMixin:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given, but got both or neither.")
+        check_head(self.lm_head)
+        if labels is None and num_items_in_batch is not None:
+            raise ValueError(
+                "`num_items_in_batch` goes with `labels`, but got none. Trainer takes the labels away for "
+                "`label_smoothing_factor` and `compute_loss_func`, which would teach the model to copy its input: set "
+                "neither of them."
+            )
+        input_ids, clean_input_ids, labels = (
+            ids if ids is None else as_int64(name, ids)
+            for name, ids in (("input_ids", input_ids), ("clean_input_ids", clean_input_ids), ("labels", labels))
+        )
         text = {"attention_mask": attention_mask, "position_ids": position_ids, "document_ids": document_ids}
         if labels is not None or clean_input_ids is not None:
             if inputs_embeds is not None or cache is not None:
@@ -347,7 +386,9 @@ class BlockDiffusionLMMixin:
                 kwargs["timesteps"] = timesteps
             if inputs_embeds is not None:
                 kwargs["inputs_embeds"] = inputs_embeds
-            outputs = self.model(input_ids=input_ids, cache=cache, use_cache=use_cache, **text, **kwargs)
+            outputs = self.model(
+                input_ids=input_ids, cache=cache, use_cache=use_cache, return_dict=True, **text, **kwargs
+            )
             hidden_states = outputs.last_hidden_state
         return BlockDiffusionOutput(
             logits=self.lm_head(select_positions(hidden_states, logits_to_keep)),
@@ -384,6 +425,7 @@ class BlockDiffusionLMMixin:
             input_ids=streams.input_ids,
             attention_mask=streams.attention_mask,
             position_ids=streams.position_ids,
+            return_dict=True,
             **kwargs,
         )
 
@@ -392,7 +434,7 @@ class BlockDiffusionLMMixin:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """One draw of t per block and of x_t: (x_t, sigma of each token or None, weight of each token in the loss)."""
         config, schedule, uniform = self.config, NOISE_SCHEDULES[self.config.noise_schedule], None
-        if self.training:
+        if self.training or x_0.is_meta:
             interval = config.noise_interval if noise_interval is None else noise_interval
             t = sample_timesteps(*blocks.shape, interval, device=x_0.device).gather(1, blocks.block)
         else:
@@ -479,9 +521,8 @@ def noise_of_text(
         chosen = predicted[row]
         if not chosen.any():
             continue
-        digest = hashlib.blake2b(
-            ids[row][chosen].long().numpy().tobytes() + str(seed).encode(), digest_size=4
-        ).digest()
+        text = str((seed, ids[row][chosen].tolist())).encode()
+        digest = hashlib.blake2b(text, digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         drawn_blocks = block[row][chosen].unique()
         t_of_block = torch.zeros(int(block[row].max()) + 1)

@@ -95,20 +95,26 @@ class TokenPredictor:
         self.shares_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
         self.do_sample = do_sample
         self.mask_token_id = mask_token_id
-        self._is_valid = torch.tensor(True)
+        self._is_valid = self._is_finite = torch.tensor(True)
 
     def check(self) -> None:
         """
         To be called now and then: it waits for the device.
 
         Raises:
-            ValueError: scores so far were not finite, or left no token to draw.
+            ValueError: logits or scores so far were NaN or infinite, or left no token to draw.
         """
-        if not self._is_valid:
+        if self._is_valid:
+            return
+        if not self._is_finite:
             raise ValueError(
-                "The scores of a masked token must be finite for at least one token that may be drawn, but got none: "
-                "the logits were not finite, or the `logits_processor` and the constraints ban the whole vocabulary."
+                "The logits of a masked token must be finite, but the model gave NaN or infinite ones; look for such "
+                "numbers among its weights, or load it in a dtype of a wider range."
             )
+        raise ValueError(
+            "The scores of a masked token must be finite for at least one token that may be drawn, and NaN or +inf "
+            "for none, but the `logits_processor` and the constraints left others of finite logits."
+        )
 
     def predict(
         self,
@@ -133,6 +139,7 @@ class TokenPredictor:
             uniform: numbers in [0, 1) to draw with [batch, block_size].
         """
         logits[:, self.mask_token_id] = -torch.inf
+        self._is_finite = self._is_finite.to(logits.device) & logits.amax(-1).isfinite().all()
         scores = self._process(logits, candidates, columns, text, is_padding)
         # A processor may have lifted the ban, such as one that is left with nothing to allow.
         scores[:, self.mask_token_id] = -torch.inf
@@ -150,7 +157,9 @@ class TokenPredictor:
         self, kind: str, logits: torch.Tensor, candidates: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
         confidence = torch.full(candidates.shape, -torch.inf, device=logits.device)
-        confidence[candidates] = confidence_of(kind, logits.log_softmax(-1), chosen)
+        # Of logits that are NaN too there is a least confident token, so that every block ends.
+        least = torch.finfo(confidence.dtype).min
+        confidence[candidates] = confidence_of(kind, logits.log_softmax(-1), chosen).nan_to_num(least)
         return confidence
 
     def _process(

@@ -381,6 +381,8 @@ def _adapted(model, model_args: ModelArguments):
         raise ValueError("--lora_rank needs the package peft: pip install 'bd3lm-hf[peft]'") from error
 
     config = LoraConfig(
+        # What PEFT calls a model that generates text; its Auto class loads the adapter together with the base.
+        task_type="CAUSAL_LM",
         r=model_args.lora_rank,
         lora_alpha=2 * model_args.lora_rank,
         target_modules="all-linear",

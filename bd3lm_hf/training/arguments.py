@@ -95,6 +95,13 @@ class BD3LMTrainingArguments(TrainingArguments):
                 "`label_smoothing_factor` must be 0: the bound on the likelihood has no smoothed labels, but got "
                 f"{self.label_smoothing_factor}."
             )
+        # Evaluation gathers the losses of all blocks, from which its metrics come.
+        for name, value in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"`{name}` must be {value}: BD3LMTrainer evaluates the losses of all batches together, but got "
+                    f"{getattr(self, name)}."
+                )
         self.block_size_schedule = _read_block_size_schedule(self.block_size_schedule)
 
 

@@ -72,20 +72,17 @@ class BD3LMTrainer(PublishingMixin, Trainer):
                     f"`{name}` must be None: a block diffusion model has no logits of whole texts, and BD3LMTrainer "
                     "evaluates by likelihood."
                 )
-        config = getattr(model, "config", None)
-        if model is not None and getattr(config, "model_type", None) != BD3LMConfig.model_type:
-            raise ValueError(
-                f"`model` must be a BD3LMForMaskedLM or a PeftModel around one, but got {type(model).__name__}."
-            )
+        # `model_init` is called before Trainer has its arguments.
+        self.args = args
         if model is not None:
-            self._configure(config, args)
-            if data_collator is None:
-                data_collator = BD3LMDataCollator(config.pad_token_id or 0, config.ignore_bos)
+            self._check_and_configure(model)
         self.noise_sampler = NoiseSampler(
             args.antithetic_sampling, args.masking, args.num_noise_samples, args.complementary_masks
         )
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         self._configure(self.config, args)
+        if data_collator is None:
+            self.data_collator = BD3LMDataCollator(self.config.pad_token_id or 0, self.config.ignore_bos)
         self.noise_sampler.validate(self.config)
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
@@ -119,6 +116,24 @@ class BD3LMTrainer(PublishingMixin, Trainer):
     def config(self) -> BD3LMConfig:
         """The model's configuration, whatever is wrapped around the model."""
         return self.accelerator.unwrap_model(self.model).config
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As `Trainer.call_model_init`: the new model of a run, with the noise that the arguments ask for."""
+        model = super().call_model_init(trial)
+        self._check_and_configure(model)
+        return model
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args: Any, **kwargs: Any):
+        """As `Trainer.hyperparameter_search`; the default objective is `eval_nelbo`, of the first evaluation set."""
+        return super().hyperparameter_search(hp_space, compute_objective or first_nelbo, *args, **kwargs)
+
+    def _check_and_configure(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        if getattr(config, "model_type", None) != BD3LMConfig.model_type:
+            raise ValueError(
+                f"`model` must be a BD3LMForMaskedLM or a PeftModel around one, but got {type(model).__name__}."
+            )
+        self._configure(config, self.args)
 
     @staticmethod
     def _configure(config: BD3LMConfig, args: BD3LMTrainingArguments) -> None:
@@ -311,6 +326,11 @@ class BD3LMTrainer(PublishingMixin, Trainer):
                 "nelbo_variance_of_full_interval": variances[FULL_NOISE_INTERVAL].value,
             }
         )
+
+
+def first_nelbo(metrics: dict[str, float]) -> float:
+    """The NELBO among the metrics of an evaluation, in nats per token; of several sets that of the first."""
+    return next(value for name, value in metrics.items() if name.endswith("_nelbo"))
 
 
 def _named(name: str, dataset) -> list[tuple[str, Any]]:
