@@ -10,6 +10,8 @@ EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
 APP = ["gradio>=6.31"]
 LM_EVAL = ["lm-eval>=0.4.13"]
+# Downloads of 41, 3, 0.2 and 0.1 MB on Linux.
+QUANTIZERS = ["bitsandbytes>=0.50", "torchao>=0.18", "optimum-quanto>=0.2.7", "hqq>=0.2.8"]
 # MkDocs 2 takes neither this theme nor these plugins. Ruff formats the signatures.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.14"]
 
@@ -57,6 +59,7 @@ setup(
         "lm-eval": LM_EVAL,
         "plots": PLOTS,
         "app": APP,
+        "quantizers": QUANTIZERS,
         "docs": DOCS,
         "flash-attn": ["flash-attn>=2.7"],
         "dev": [
@@ -75,6 +78,7 @@ setup(
             *PLOTS,
             *APP,
             *LM_EVAL,
+            *QUANTIZERS,
             *DOCS,
         ],
     },

@@ -14,6 +14,7 @@ import pytest
 from conftest import randomize
 from loopback_hub import LoopbackHub, Repository
 from pages import DOCS, NOT_RUN, PAGES, README, ROOT, commands, read_blocks, run_page
+from quantizing import quantized_share
 from test_conversion import PublishedModel, write_ckpt
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -35,12 +36,13 @@ GIVEN = {
     "harness": ("bd3lm-demo", "tasks"),
     "trl": ("my-model",),
 }
-# The optional package of a page, as a module and as an extra.
+# The optional packages of a page, as modules, and the extra that brings them.
 NEEDS = {
     "app": ("gradio", "app"),
     "harness": ("lm_eval", "lm-eval"),
     "plots": ("matplotlib", "plots"),
     "trl": ("trl", "trl"),
+    "quantization": ("bitsandbytes", "optimum.quanto", "hqq", "quantizers"),
 }
 HISTORY = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0, "eval_nelbo": 2.5}]
 TASK = """
@@ -173,6 +175,11 @@ def check_gpus(names, printed):
         assert json.loads(Path(folder, "trainer_state.json").read_text())["global_step"] == 4
 
 
+def check_quantization(names, printed):
+    assert quantized_share(names["again"]) == quantized_share(names["quantized"]) == 1
+    assert names["model"].lm_head.weight.device.type == "meta" and names["text"].shape[1] > names["ids"].shape[1]
+
+
 CHECKS = {
     "README": check_readme,
     "app": check_app,
@@ -182,6 +189,7 @@ CHECKS = {
     "harness": check_harness,
     "infilling": check_infilling,
     "plots": check_plots,
+    "quantization": check_quantization,
     "training": check_training,
     "trl": check_trl,
 }
@@ -197,8 +205,9 @@ CHECKS = {
 )
 def test_a_page_runs_from_top_to_bottom(page, shelf, tmp_path, monkeypatch):
     if page.stem in NEEDS:
-        module, extra = NEEDS[page.stem]
-        pytest.importorskip(module, reason=f"needs {module}: pip install 'bd3lm-hf[{extra}]'")
+        *modules, extra = NEEDS[page.stem]
+        for module in modules:
+            pytest.importorskip(module, reason=f"needs {module}: pip install 'bd3lm-hf[{extra}]'")
     for name in GIVEN.get(page.stem, ("bd3lm-demo",)):
         give(shelf, name, tmp_path)
     monkeypatch.chdir(tmp_path)
