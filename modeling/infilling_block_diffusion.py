@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Pipeline
 
-from .generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+from .generation_block_diffusion import BD3LMGenerationConfig
 
 
 TEXT_INFILLING = "text-infilling"
@@ -65,7 +65,8 @@ class TextInfillingPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.model.config
-        if not isinstance(self.model, BlockDiffusionGenerationMixin):
+        # Remote code is imported once for the model and once for its pipeline, so that their classes differ.
+        if not hasattr(config, "noise_interval"):
             raise ValueError(
                 f"`model` must be a block diffusion language model, but got a {type(self.model).__name__}."
             )
