@@ -312,7 +312,12 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        """Refused, and with it `generate_batch`: the engine writes one token after the other."""
+        """
+        Refused, and with it `generate_batch`.
+
+        Raises:
+            ValueError: always; the engine of continuous batching writes one token after the other.
+        """
         raise ValueError(
             "`generate` must be called in place of `generate_batch` and continuous batching, which write one token "
             f"after the other, but got a {type(self).__name__}, whose blocks are denoised; it takes prompts of any "

@@ -62,7 +62,8 @@ class TextInfillingPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = self.model.config
-        if not hasattr(self.model, "token_nats"):
+        # Remote code is imported once for the model and once for its pipeline, so that their classes differ.
+        if not hasattr(config, "noise_interval"):
             raise ValueError(
                 f"`model` must be a block diffusion language model, but got a {type(self.model).__name__}."
             )
