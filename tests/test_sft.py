@@ -1,6 +1,7 @@
 """TRL's supervised fine-tuning with the block diffusion loss: it learns, and never from what it must not see."""
 
 import copy
+import logging
 import random
 import sys
 from importlib import import_module
@@ -160,6 +161,14 @@ def test_the_loss_of_trl_makes_the_held_out_nelbo_worse(model, tokenizer, tmp_pa
     vars(trained).pop("forward", None)
     trained.load_state_dict(model.state_dict())
     assert nelbo(make_trainer(trained, tokenizer, tmp_path)) > before + 0.3
+
+
+def test_the_warning_of_next_token_losses_is_not_for_this_trainer(model, tokenizer, tmp_path, caplog):
+    logging.Logger.warning_once.cache_clear()
+    make_trainer(model, tokenizer, tmp_path / "ours")
+    assert not [message for message in caplog.messages if "next token" in message]
+    make_trainer(copy.deepcopy(model), tokenizer, tmp_path / "theirs", trainer_class=SFTTrainer)
+    assert [message for message in caplog.messages if "next token" in message]
 
 
 def test_nothing_is_logged_that_is_read_off_logits(model, tokenizer, tmp_path):

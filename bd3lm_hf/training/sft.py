@@ -84,6 +84,9 @@ class BD3LMSFTTrainer(SFTTrainer):
             what it takes.
     """
 
+    # The last tells the model that this trainer's loss is its own.
+    _tag_names = ["trl", "sft", "block-diffusion"]
+
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
