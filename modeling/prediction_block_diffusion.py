@@ -113,7 +113,7 @@ class TokenPredictor:
             )
         raise ValueError(
             "The scores of a masked token must be finite for at least one token that may be drawn, and NaN or +inf "
-            "for none, but the `logits_processor` and the constraints left others of finite logits."
+            "for none, but got others from the `logits_processor` and the constraints, out of finite logits."
         )
 
     def predict(

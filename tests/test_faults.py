@@ -375,7 +375,7 @@ def test_weights_that_are_no_numbers_are_an_error_of_generate(model, sampler, do
 def test_scores_that_are_no_numbers_are_an_error_of_the_processors(model, sampler, do_sample):
     for value, tokens in itertools.product((torch.nan, torch.inf), ([3], slice(None))):
         with pytest.raises(
-            ValueError, match="the `logits_processor` and the constraints left others of finite logits"
+            ValueError, match="got others from the `logits_processor` and the constraints, out of finite"
         ):
             model.generate(
                 PROMPTS,

@@ -535,7 +535,7 @@ def test_scores_that_leave_no_token_are_an_error(do_sample):
             model.generate(prompt, **arguments, **constraint)
     with torch.no_grad():
         model.lm_head.bias[3] = torch.nan
-    with pytest.raises(ValueError, match="must be finite for at least one token that may be drawn"):
+    with pytest.raises(ValueError, match="must be finite, but the model gave NaN"):
         model.generate(prompt, **arguments)
 
 
