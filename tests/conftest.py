@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from simulated_gpu import SimulatedGpu
 from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
@@ -126,6 +127,11 @@ def shared_dir():
     if not folder.is_dir():
         pytest.skip("needs the folder `shared` beside the checkout, which is not here")
     return folder
+
+
+def load_tensors(path):
+    """The tensors of a safetensors file, on `DEVICE`."""
+    return {name: tensor.to(DEVICE) for name, tensor in load_file(path).items()}
 
 
 def tiny_config(**overrides):
