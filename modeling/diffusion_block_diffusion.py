@@ -130,7 +130,7 @@ def sample_timesteps(
         num_blocks: blocks per row.
         noise_interval: (beta, omega), 0 <= beta <= omega <= 1.
         antithetic: stratify the draws; otherwise they are independent.
-        generator: where the random numbers come from; by default torch's global generator.
+        generator: where the random numbers come from, of any device; by default torch's global generator.
         device: where t is wanted.
 
     Returns:
@@ -142,10 +142,12 @@ def sample_timesteps(
     validate_noise_interval(noise_interval)
     beta, omega = noise_interval
     num_strata = batch_size * num_blocks
-    t = torch.rand(num_strata, generator=generator, device=device)
+    drawn_on = device if generator is None else generator.device
+    t = torch.rand(num_strata, generator=generator, device=drawn_on)
     if antithetic:
-        t = (torch.randperm(num_strata, generator=generator, device=device) + t) / num_strata
-    return (beta + (omega - beta) * t).view(batch_size, num_blocks)
+        t = (torch.randperm(num_strata, generator=generator, device=drawn_on) + t) / num_strata
+    t = (beta + (omega - beta) * t).view(batch_size, num_blocks)
+    return t if device is None else t.to(device)
 
 
 def forward_process(
@@ -164,14 +166,15 @@ def forward_process(
         mask_probability: p of each token, broadcastable to [batch, length].
         mask_token_id: id of the mask token.
         maskable: bool [batch, length]; where False the token stays.
-        generator: where the random numbers come from; by default torch's global generator.
+        generator: where the random numbers come from, of any device; by default torch's global generator.
         uniform: the random numbers themselves, in [0, 1) [batch, length].
 
     Returns:
         x_t [batch, length].
     """
     if uniform is None:
-        uniform = torch.rand(x_0.shape, generator=generator, device=x_0.device)
+        drawn_on = x_0.device if generator is None else generator.device
+        uniform = torch.rand(x_0.shape, generator=generator, device=drawn_on).to(x_0.device)
     masked = uniform < mask_probability
     if maskable is not None:
         masked = masked & maskable
