@@ -22,6 +22,7 @@ help:
 	@echo 'make test-newest  the test suite with the newest Transformers and everything else, in an environment of its own'
 	@echo 'make test-oldest  the test suite with the oldest supported torch and transformers, in an environment of its own'
 	@echo 'make test-slow    the tests that take minutes'
+	@echo 'make test-gpu     the tests that a GPU runs too, on a GPU, with the Python at hand ($$PYTHON) and nothing installed'
 	@echo 'make conformance  the model tests that Transformers runs on its own models'
 	@echo 'make lint         ruff'
 	@echo 'make docs         the documentation, into the folder site'
@@ -46,6 +47,10 @@ test-oldest:
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
+
+# Installs nothing: on a machine of GPUs torch is there, and the network may not be.
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q --device cuda
 
 demo: $(INSTALLED)
 	$(BIN)/bd3lm demo

@@ -77,7 +77,7 @@ def sample_timesteps(
         num_blocks: blocks per row.
         noise_interval: (beta, omega), 0 <= beta <= omega <= 1.
         antithetic: stratify the draws; otherwise they are independent.
-        generator: where the random numbers come from; by default torch's global generator.
+        generator: where the random numbers come from, of any device; by default torch's global generator.
         device: where t is wanted.
 
     Returns:
@@ -89,12 +89,13 @@ def sample_timesteps(
     validate_noise_interval(noise_interval)
     beta, omega = noise_interval
     num_strata = batch_size * num_blocks
-    # Under `torch.compile` the overloads with a generator take no sizes that vary.
-    source = {"device": device} if generator is None else {"device": device, "generator": generator}
+    # Drawn where the generator is. Under `torch.compile` the overloads with one take no sizes that vary.
+    source = {"device": device} if generator is None else {"device": generator.device, "generator": generator}
     t = torch.rand(num_strata, **source)
     if antithetic:
         t = (torch.randperm(num_strata, **source) + t) / num_strata
-    return (beta + (omega - beta) * t).view(batch_size, num_blocks)
+    t = (beta + (omega - beta) * t).view(batch_size, num_blocks)
+    return t if device is None else t.to(device)
 
 
 def forward_process(
@@ -113,14 +114,15 @@ def forward_process(
         mask_probability: p of each token, broadcastable to [batch, length].
         mask_token_id: id of the mask token.
         maskable: bool [batch, length]; where False the token stays.
-        generator: where the random numbers come from; by default torch's global generator.
+        generator: where the random numbers come from, of any device; by default torch's global generator.
         uniform: the random numbers themselves, in [0, 1) [batch, length].
 
     Returns:
         x_t [batch, length].
     """
     if uniform is None:
-        uniform = torch.empty(x_0.shape, device=x_0.device).uniform_(generator=generator)
+        drawn_on = x_0.device if generator is None else generator.device
+        uniform = torch.empty(x_0.shape, device=drawn_on).uniform_(generator=generator).to(x_0.device)
     masked = uniform < mask_probability
     if maskable is not None:
         masked = masked & maskable

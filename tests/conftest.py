@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from simulated_gpu import SimulatedGpu
 from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
@@ -137,6 +138,11 @@ def find_parity_folder(request):
         return here if here.is_dir() else request.getfixturevalue("shared_dir") / "parity" / name
 
     return find
+
+
+def load_tensors(path):
+    """The tensors of a safetensors file, on `DEVICE`."""
+    return {name: tensor.to(DEVICE) for name, tensor in load_file(path).items()}
 
 
 def tiny_config(**overrides):

@@ -168,6 +168,9 @@ def on_simulated_gpu(func, args, kwargs):
         return moved(args[0], "cuda" if func is torch.Tensor.cuda else "cpu")
     if func is torch.Tensor.to:
         return to(*args, **kwargs)
+    if func is torch.nn.functional.one_hot and isinstance(args[0], GpuTensor):
+        # In C++ the device of these tensors is the CPU, where it makes one of its own.
+        return GpuTensor(func(*GpuTensor.unwrapped(args), **kwargs))
     if not is_gpu(kwargs.get("device")):
         return func(*args, **kwargs)
     check_generator((args, kwargs))

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from bd3lm_hf import evaluate_likelihood
 from bd3lm_hf.data.collators import BD3LMDataCollator
 from bd3lm_hf.evaluation.block_losses import block_statistics, draw_noise
+from bd3lm_hf.modeling.diffusion_block_diffusion import forward_process, sample_timesteps
 from bd3lm_hf.noise.sampler import NoiseSampler
 
 
@@ -191,6 +192,19 @@ def test_a_tensor_that_stays_on_the_cpu_is_found(monkeypatch, module, name, forg
 def test_a_generator_of_the_other_device_is_found():
     with SimulatedGpu(), pytest.raises(RuntimeError, match="device type for generator"):
         torch.rand(3, device="cuda", generator=torch.Generator())
+
+
+def test_noise_of_a_generator_on_the_cpu_comes_to_the_device_of_the_text():
+    def drawn(device):
+        x_0, generator = ids(device), torch.Generator().manual_seed(0)
+        t = sample_timesteps(2, 5, (0.0, 1.0), generator=generator, device=device).repeat_interleave(2, dim=1)
+        return forward_process(x_0, t, 22, generator=generator)
+
+    expected = drawn("cpu")
+    assert (expected == 22).any()
+    with SimulatedGpu():
+        noised = drawn("cuda")
+        assert noised.device.type == "cuda" and torch.equal(noised.cpu(), expected)
 
 
 def test_a_module_that_moves_keeps_its_values_and_gradients_cross_devices():

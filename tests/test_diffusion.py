@@ -5,6 +5,7 @@ import math
 import pytest
 import reference
 import torch
+from conftest import DEVICE
 
 from bd3lm_hf.modeling.diffusion_block_diffusion import (
     NOISE_SCHEDULES,
@@ -104,7 +105,7 @@ def test_antithetic_strata_cover_the_unit_interval_once_per_batch(batch_size, nu
 
 def test_independent_draws_leave_strata_empty():
     # 64 independent draws hit 64 strata with probability 64! / 64^64 < 1e-26.
-    t = sample_timesteps(8, 8, (0.0, 1.0), antithetic=False, generator=torch.Generator().manual_seed(0))
+    t = sample_timesteps(8, 8, (0.0, 1.0), antithetic=False, generator=torch.Generator().manual_seed(0), device=DEVICE)
     assert len((t * 64).floor().unique()) < 64
 
 
@@ -118,7 +119,7 @@ def marginal_deviations(draw, num_batches=4000):
 def test_each_block_has_a_uniform_t_whatever_its_row_and_place(antithetic):
     generator = torch.Generator().manual_seed(1)
     deviations = marginal_deviations(
-        lambda: sample_timesteps(3, 4, (0.0, 1.0), antithetic=antithetic, generator=generator)
+        lambda: sample_timesteps(3, 4, (0.0, 1.0), antithetic=antithetic, generator=generator, device=DEVICE)
     )
     assert max(deviations) < KS_THRESHOLD
 
@@ -132,26 +133,28 @@ def test_strata_dealt_in_a_fixed_order_would_be_noticed():
 
 @pytest.mark.parametrize(("beta", "omega"), [(0.0, 1.0), (0.3, 0.8), (1e-3, 1.0)])
 def test_t_is_uniform_on_the_interval(beta, omega):
-    t = sample_timesteps(64, 64, (beta, omega), antithetic=False, generator=torch.Generator().manual_seed(2))
+    t = sample_timesteps(
+        64, 64, (beta, omega), antithetic=False, generator=torch.Generator().manual_seed(2), device=DEVICE
+    )
     assert beta <= t.min() and t.max() <= omega
     assert kolmogorov_smirnov((t.flatten() - beta) / (omega - beta)) < KS_THRESHOLD
 
 
 def test_antithetic_strata_are_strata_of_the_interval():
-    t = sample_timesteps(4, 8, (0.2, 0.6), generator=torch.Generator().manual_seed(3)).double()
+    t = sample_timesteps(4, 8, (0.2, 0.6), generator=torch.Generator().manual_seed(3), device=DEVICE).double()
     strata = ((t - 0.2) / 0.4 * 32).floor().long().flatten().sort().values
     assert strata.tolist() == list(range(32))
 
 
 def test_an_interval_of_no_width_fixes_t():
-    assert sample_timesteps(2, 3, (1.0, 1.0)).tolist() == [[1.0] * 3] * 2
+    assert sample_timesteps(2, 3, (1.0, 1.0), device=DEVICE).tolist() == [[1.0] * 3] * 2
 
 
 def test_draws_repeat_with_the_generator_and_leave_the_global_one_alone():
     before = torch.get_rng_state()
     first, second = (
         (
-            sample_timesteps(2, 3, (0.0, 1.0), generator=generator),
+            sample_timesteps(2, 3, (0.0, 1.0), generator=generator, device=DEVICE),
             forward_process(torch.arange(50)[None], torch.tensor(0.5), 99, generator=generator),
         )
         for generator in (torch.Generator().manual_seed(5), torch.Generator().manual_seed(5))
@@ -163,7 +166,7 @@ def test_draws_repeat_with_the_generator_and_leave_the_global_one_alone():
 @pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.0, 0.0), (0.5,)])
 def test_a_bad_noise_interval_is_named(interval):
     with pytest.raises(ValueError, match=r"`noise_interval`.*0 <= beta <= omega <= 1.*got") as error:
-        sample_timesteps(2, 2, interval)
+        sample_timesteps(2, 2, interval, device=DEVICE)
     assert str(tuple(interval)) in str(error.value)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import random_model, tiny_config
+from conftest import DEVICE, random_model, tiny_config
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import BD3LMForMaskedLM
@@ -130,7 +130,7 @@ def test_stratified_masks_weigh_as_the_sum_over_their_number_has_it():
 def test_stratified_has_at_most_half_the_variance_at_equal_forwards(block_size):
     torch.manual_seed(0)
     config = tiny_config(block_size=block_size, initializer_range=0.2, tie_word_embeddings=True)
-    model = BD3LMForMaskedLM(config).train()
+    model = BD3LMForMaskedLM(config).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(150):
         ids = torch.tensor(random_walks(8, 32, seed=1000 + step))
@@ -399,7 +399,7 @@ def gpt2(**overrides):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=23, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.5)
     config.update(overrides)
-    return GPT2LMHeadModel(config).eval()
+    return GPT2LMHeadModel(config).to(DEVICE).eval()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import DEVICE, load_tensors
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from bd3lm_hf import BD3LMForMaskedLM, BD3LMGenerationConfig
@@ -15,14 +15,14 @@ FOLDER = Path(__file__).parent / "fixtures" / "first_version"
 
 @pytest.fixture(scope="module")
 def expected():
-    return load_file(FOLDER / "expected.safetensors")
+    return load_tensors(FOLDER / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
 def model():
     model, info = BD3LMForMaskedLM.from_pretrained(FOLDER, output_loading_info=True)
     assert not any(info.values())
-    return model
+    return model.to(DEVICE)
 
 
 def test_it_is_small():
@@ -31,7 +31,7 @@ def test_it_is_small():
 
 def test_the_auto_classes_load_it(model):
     for auto in (AutoModelForMaskedLM, AutoModel):
-        loaded = auto.from_pretrained(FOLDER)
+        loaded = auto.from_pretrained(FOLDER).to(DEVICE)
         for name, tensor in loaded.base_model.state_dict().items():
             assert torch.equal(tensor, model.base_model.state_dict()[name]), name
 

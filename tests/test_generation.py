@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 from conftest import random_model as tiny_random_model
 from transformers import (
     DynamicCache,
@@ -474,7 +475,7 @@ def test_generation_config_survives_saving_and_plain_configs_are_taken(tmp_path)
     model.generation_config.sampler = "confidence"
     model.generation_config.denoising_steps = 2
     model.save_pretrained(tmp_path)
-    loaded = BD3LMForMaskedLM.from_pretrained(tmp_path)
+    loaded = BD3LMForMaskedLM.from_pretrained(tmp_path).to(DEVICE)
     assert isinstance(loaded.generation_config, BD3LMGenerationConfig)
     assert (loaded.generation_config.sampler, loaded.generation_config.denoising_steps) == ("confidence", 2)
     prompt = random_prompts([4])[0][None]

@@ -38,7 +38,7 @@ def test_training_agrees_with_the_dense_reference(attn_implementation, ids):
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()
 def test_logits_agree_with_those_of_the_cpu(attn_implementation, ids):
-    expected = random_model()(ids.cpu()).logits
+    expected = random_model().cpu()(ids.cpu()).logits
     torch.testing.assert_close(gpu_model(attn_implementation)(ids).logits.cpu(), expected, rtol=0, atol=1e-2)
 
 
@@ -53,6 +53,33 @@ def test_flash_attention_denoises_a_block_against_the_cache_as_sdpa_does(ids):
         for implementation in ("flash_attention_2", "sdpa")
     ]  # fmt: skip
     torch.testing.assert_close(texts[0].logits[0], texts[1].logits[0], rtol=0, atol=0.1)
+
+
+def test_bfloat16_by_autocast_trains_as_float32_does(ids):
+    model = gpu_model("sdpa")
+    expected, gradients = loss_and_gradients(model, ids)
+    gradients = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, rounded = loss_and_gradients(model, ids)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected.item(), rel=0.02)
+    for name in ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):
+        error = (rounded[name] - gradients[name]).norm() / gradients[name].norm()
+        assert 0 < error < 0.1, name
+
+
+@torch.no_grad()
+def test_nothing_is_left_on_the_cpu_by_a_trainer(ids, tmp_path):
+    """Rows as lists, which need no `datasets`."""
+    from bd3lm_hf import BD3LMTrainer, BD3LMTrainingArguments
+
+    rows = [{"input_ids": row} for row in ids.tolist()]
+    args = BD3LMTrainingArguments(str(tmp_path), max_steps=3, report_to=[], save_strategy="no", bf16=True)
+    trainer = BD3LMTrainer(random_model(attn_implementation="sdpa"), args, train_dataset=rows, eval_dataset=rows)
+    with torch.enable_grad():
+        trainer.train()
+    assert 0 < trainer.evaluate()["eval_nelbo"] < 10
+    assert trainer.model.device.type == "cuda"
 
 
 def test_generation_is_the_same_with_every_cache(ids):

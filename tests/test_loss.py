@@ -5,7 +5,7 @@ import math
 import pytest
 import reference
 import torch
-from conftest import random_model, tiny_config
+from conftest import DEVICE, random_model, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3lm_hf import BD3LMForMaskedLM
@@ -25,7 +25,7 @@ def text(model, length=8, seed=0, batch_size=1):
 
 def know_nothing_model(**overrides):
     """A model that gives every token but the mask the same probability."""
-    model = BD3LMForMaskedLM(tiny_config(**overrides))
+    model = BD3LMForMaskedLM(tiny_config(**overrides)).to(DEVICE)
     torch.nn.init.zeros_(model.lm_head.weight)
     torch.nn.init.zeros_(model.lm_head.bias)
     return model
@@ -428,7 +428,7 @@ def test_the_loss_of_a_half_precision_model_is_accumulated_in_float32():
 
 def test_a_new_model_starts_with_closed_branches_and_equal_probabilities():
     # As in the published code (adaLN-Zero, and an output projection of zeros).
-    model = BD3LMForMaskedLM(tiny_config())
+    model = BD3LMForMaskedLM(tiny_config()).to(DEVICE)
     for name, parameter in model.named_parameters():
         if "adaln_modulation" in name or name.startswith("lm_head"):
             assert not parameter.any(), name

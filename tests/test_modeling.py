@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_model, tiny_config
+from conftest import DEVICE, random_model, tiny_config
 
 from bd3lm_hf import BD3LMForMaskedLM, BD3LMModel
 
@@ -53,7 +53,7 @@ def test_bfloat16_and_autocast_give_the_loss_to_their_precision(attn_implementat
 
 
 def test_a_new_model_finds_every_token_equally_likely(ids):
-    model = BD3LMForMaskedLM(tiny_config())
+    model = BD3LMForMaskedLM(tiny_config()).to(DEVICE)
     assert torch.equal(model(ids).logits, torch.zeros(3, 64, 23))
     output = model(ids, labels=ids, noise_interval=(1.0, 1.0))
     # 22 tokens, the mask token having no probability.
@@ -95,7 +95,7 @@ def test_hidden_states_and_attentions_come_when_asked_for(ids):
 def test_the_base_model_is_the_network_below_the_projection(ids, tmp_path):
     model = random_model()
     model.save_pretrained(tmp_path)
-    base = BD3LMModel.from_pretrained(tmp_path)
+    base = BD3LMModel.from_pretrained(tmp_path).to(DEVICE)
     torch.testing.assert_close(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
 
 

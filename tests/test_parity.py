@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import DEVICE, load_tensors
 from transformers import DynamicCache
 
 from bd3lm_hf import BD3LMForMaskedLM, CommitCache
@@ -14,7 +14,7 @@ TWO_STREAM = ("bd3lm_block1", "bd3lm_block4", "bd3lm_block8_no_adaln", "bd3lm_bl
 # Every shape that FlexAttention meets is compiled anew, for many seconds: one checkpoint goes through the compiled
 # kernel, and what meets many shapes, or other checkpoints, through the same mask function uncompiled.
 # Transformers' FlexAttention does not compile for a CPU.
-COMPILED = "bd3lm_block4" if torch.cuda.is_available() else None
+COMPILED = "bd3lm_block4" if DEVICE.type == "cuda" else None
 
 
 @pytest.fixture(params=["eager", "sdpa", "flex_attention"])
@@ -32,7 +32,7 @@ def load(find_parity_folder, attn_implementation, request):
         folder = find_parity_folder(name)
         model = BD3LMForMaskedLM.from_pretrained(folder, attn_implementation=attn_implementation)
         assert model.config._attn_implementation == attn_implementation
-        return model.eval(), load_file(folder / "expected.safetensors")
+        return model.to(DEVICE).eval(), load_tensors(folder / "expected.safetensors")
 
     return load_folder
 
@@ -110,8 +110,8 @@ def test_merged_commit_and_denoise_pass_past_the_window(load, name):
 @torch.no_grad()
 def test_log_probs_and_nelbo_per_token(find_parity_folder, name):
     folder = find_parity_folder(name)
-    model = BD3LMForMaskedLM.from_pretrained(folder).eval()
-    expected = load_file(folder / "expected.safetensors")
+    model = BD3LMForMaskedLM.from_pretrained(folder).to(DEVICE).eval()
+    expected = load_tensors(folder / "expected.safetensors")
     x_0, x_t, mask_token_id = expected["x0"], expected["xt"], model.config.mask_token_id
     assert mask_token_id == model.config.vocab_size - 1
     streams = {} if name == "mdlm" else {"clean_input_ids": x_0}
@@ -138,7 +138,7 @@ def test_nelbo_of_the_training_pass(load, chosen_draws, name):
 
 @pytest.mark.parametrize("name", ("loglinear", "square", "square_root", "log", "cosine"))
 def test_noise_schedules(shared_dir, name):
-    expected = load_file(shared_dir / "parity" / "noise_schedules.safetensors")
+    expected = load_tensors(shared_dir / "parity" / "noise_schedules.safetensors")
     schedule, t = NOISE_SCHEDULES[name], expected["t"]
     assert_near(schedule.mask_probability(t), expected[f"{name}.mask_prob"])
     # Weights reach 1 / eps = 1000, where float32 has no four decimals left.

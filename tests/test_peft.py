@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize
-from datasets import Dataset
-from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from conftest import DEVICE, randomize
 from transformers import Trainer, TrainingArguments
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMTrainer, BD3LMTrainingArguments
 
+
+peft = pytest.importorskip("peft")
+datasets = pytest.importorskip("datasets")
 
 README = Path(__file__).parents[1] / "README.md"
 LENGTH = 32
@@ -37,13 +38,13 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def texts():
     text = README.read_bytes()
-    return Dataset.from_dict({"input_ids": [list(text[i : i + LENGTH]) for i in range(0, 4096, LENGTH)]})
+    return datasets.Dataset.from_dict({"input_ids": [list(text[i : i + LENGTH]) for i in range(0, 4096, LENGTH)]})
 
 
 def adapted(folder, **kwargs):
     torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=16, target_modules="all-linear", **kwargs)
-    return get_peft_model(BD3LMForMaskedLM.from_pretrained(folder), config)
+    config = peft.LoraConfig(r=2, lora_alpha=16, target_modules="all-linear", **kwargs)
+    return peft.get_peft_model(BD3LMForMaskedLM.from_pretrained(folder).to(DEVICE), config)
 
 
 def train(model, texts, folder, trainer_class=BD3LMTrainer, args_class=BD3LMTrainingArguments, steps=30, **kwargs):
@@ -54,7 +55,7 @@ def train(model, texts, folder, trainer_class=BD3LMTrainer, args_class=BD3LMTrai
         learning_rate=1e-2,
         logging_steps=1,
         report_to=[],
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         disable_tqdm=True,
         save_strategy="no",
         **kwargs,
@@ -73,7 +74,7 @@ def test_an_adapter_is_trained_saved_loaded_merged_and_generated_from(base_folde
     base = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}
     trainer = BD3LMTrainer(
         model,
-        BD3LMTrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True),
+        BD3LMTrainingArguments(str(tmp_path), report_to=[], use_cpu=DEVICE.type == "cpu", disable_tqdm=True),
         eval_dataset=texts.select(range(16)),
     )
     before = trainer.evaluate()["eval_nelbo"]
@@ -83,12 +84,14 @@ def test_an_adapter_is_trained_saved_loaded_merged_and_generated_from(base_folde
 
     trainer.save_model(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    loaded = PeftModel.from_pretrained(BD3LMForMaskedLM.from_pretrained(base_folder), tmp_path / "adapter").eval()
+    loaded = peft.PeftModel.from_pretrained(
+        BD3LMForMaskedLM.from_pretrained(base_folder).to(DEVICE), tmp_path / "adapter"
+    ).eval()
     ids = torch.tensor(texts[:2]["input_ids"])
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits
         assert torch.equal(loaded(input_ids=ids).logits, expected)
-        base_model = BD3LMForMaskedLM.from_pretrained(base_folder).eval()
+        base_model = BD3LMForMaskedLM.from_pretrained(base_folder).to(DEVICE).eval()
         assert not torch.allclose(base_model(input_ids=ids).logits, expected, atol=0.1)
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
@@ -116,9 +119,9 @@ def test_the_moving_average_is_of_the_adapter_alone(base_folder, texts, tmp_path
 
 
 def test_tuned_norms_generate(base_folder):
-    model = BD3LMForMaskedLM.from_pretrained(base_folder)
+    model = BD3LMForMaskedLM.from_pretrained(base_folder).to(DEVICE)
     prompt = torch.tensor([[1, 2, 3]])
     expected = model.generate(prompt, max_new_tokens=9, seed=0)
     norms = ["input_layernorm", "post_attention_layernorm", "norm"]
-    tuned = get_peft_model(model, LNTuningConfig(target_modules=norms))
+    tuned = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=norms))
     assert torch.equal(tuned.generate(input_ids=prompt, max_new_tokens=9, seed=0), expected)

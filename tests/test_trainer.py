@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import random_model
-from datasets import Dataset, IterableDataset
+from conftest import DEVICE, random_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -52,7 +51,7 @@ def make_trainer(tmp_path):
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": [],
-            "use_cpu": True,
+            "use_cpu": DEVICE.type == "cpu",
             "disable_tqdm": True,
             **overrides,
         }
@@ -140,7 +139,8 @@ class TestEvaluation:
 
     def test_bits_per_byte_count_the_bytes_of_the_predicted_text(self, make_trainer):
         texts = ["naïve café, twice", "plain text of many words", "def f(x):\n    return x", "…"] * 6
-        tokenizer = train_tokenizer(Dataset.from_dict({"text": texts}), 280)
+        datasets = pytest.importorskip("datasets")
+        tokenizer = train_tokenizer(datasets.Dataset.from_dict({"text": texts}), 280)
         ids = [tokenizer(text)["input_ids"] for text in texts]
         model = random_model(0, "sdpa", vocab_size=280, mask_token_id=tokenizer.mask_token_id)
         dataset = [{"input_ids": row} for row in ids]
@@ -173,8 +173,10 @@ class TestEvaluation:
             assert metrics[f"eval_{name}_perplexity"] == alone["eval_perplexity"]
 
     def test_streams_are_evaluated_and_trained_on(self, make_trainer):
+        datasets = pytest.importorskip("datasets")
+
         def stream():
-            return IterableDataset.from_generator(lambda: iter(rows(seed=1)))
+            return datasets.IterableDataset.from_generator(lambda: iter(rows(seed=1)))
 
         metrics = [
             make_trainer(eval_dataset=stream(), per_device_eval_batch_size=size).evaluate() for size in (5, 5, 8)

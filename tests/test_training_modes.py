@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from conftest import random_model
-from datasets import Dataset
+from conftest import DEVICE, random_model
 
 from bd3lm_hf import BD3LMTrainer, BD3LMTrainingArguments
+
+
+datasets = pytest.importorskip("datasets")
 
 
 def losses_and_weights(folder, model_overrides=None, streaming=False, steps=3, **kwargs):
     """The logged loss of each step and the final weights of a short run on random texts."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(22, (16, 32), generator=generator).tolist()
-    dataset = Dataset.from_dict({"input_ids": rows})
+    dataset = datasets.Dataset.from_dict({"input_ids": rows})
     args = BD3LMTrainingArguments(
         str(folder),
         max_steps=steps,
@@ -24,7 +26,7 @@ def losses_and_weights(folder, model_overrides=None, streaming=False, steps=3, *
         train_sampling_strategy="sequential",
         ema_decay=0,
         report_to=[],
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         disable_tqdm=True,
         **kwargs,
     )

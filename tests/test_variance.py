@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import random_model, tiny_config
+from conftest import DEVICE, random_model, tiny_config
 
 from bd3lm_hf import BD3LMForMaskedLM, NoiseSampler
 from bd3lm_hf.evaluation.block_losses import BlockLosses
@@ -39,7 +39,8 @@ def model():
     torch.manual_seed(0)
     model = BD3LMForMaskedLM(
         tiny_config(vocab_size=9, num_hidden_layers=1, initializer_range=0.15, noise_interval=(0.5, 1.0))
-    ).train()
+    )
+    model.to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(300):
         x_0 = markov_text(32, seed=step)

@@ -1,5 +1,6 @@
 """What happened to a model, recorded where a run saves it and kept beside its weights, for its card to tell."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -237,9 +238,14 @@ class TrainingSummary:
 
 
 def package_versions(with_peft: bool = False) -> dict[str, str]:
-    """The versions of what trains, by package, and of Python."""
+    """The versions of what trains, by package as far as it is installed, and of Python."""
     packages = ("bd3lm-hf", "transformers", "torch", "datasets", "tokenizers", *(["peft"] if with_peft else []))
-    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    versions = {}
+    for name in packages:
+        # Without an install the package runs from its checkout, and training needs no `datasets`.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions | {"python": platform.python_version()}
 
 
 def datasets_of_the_hub(dataset: Any) -> list[dict[str, Any]]:
