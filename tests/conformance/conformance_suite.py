@@ -7,7 +7,7 @@ import unittest
 from unittest import mock
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import DynamicCache, PreTrainedModel, set_seed
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.testing_utils import torch_device
@@ -15,7 +15,7 @@ from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin, ids_tensor
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMModel, BD3LMPreTrainedModel
-from bd3lm_hf.modeling import modeling_bd3lm
+from bd3lm_hf.modeling import network_block_diffusion
 
 
 # By these tables of Transformers' own models the mixin tells base models from heads, and heads that take `labels`.
@@ -108,7 +108,7 @@ class BD3LMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
             self.patch(BD3LMPreTrainedModel, "_init_weights", initialize_without_zeros)
         # The loss is an estimate over drawn noise; tests that compare the losses of two passes mean the same noise.
         for name in ("sample_timesteps", "forward_process"):
-            self.patch(modeling_bd3lm, name, with_fixed_seed(getattr(modeling_bd3lm, name)))
+            self.patch(network_block_diffusion, name, with_fixed_seed(getattr(network_block_diffusion, name)))
 
     def patch(self, target, name, value):
         patcher = mock.patch.object(target, name, value)
@@ -120,6 +120,19 @@ class BD3LMModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
         # back: it gets Transformers' own. The names hold for the model with its head, as the published ones are.
         with mock.patch.object(BD3LMPreTrainedModel, "save_pretrained", PreTrainedModel.save_pretrained):
             super().test_reverse_loading_mapping(skip_base_model=True)
+
+    def test_bc_cache_name_forward(self):
+        # The mixin also asks for a warning of the older name, which these models take on every version alike.
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            with self.subTest(model_class.__name__):
+                model = model_class(config).to(torch_device).eval()
+                states = []
+                for name in ("past_key_values", "cache"):
+                    output = model(**inputs, **{name: DynamicCache(config=config)})
+                    states.append(output.cache.layers[0].keys)
+                    assert output[0] is not None and output.past_key_values is output.cache
+                torch.testing.assert_close(*states)
 
     def test_sdpa_can_dispatch_on_flash(self):
         # Torch's flash kernel takes no mask, and only a pass over a single block needs none.
