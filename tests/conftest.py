@@ -44,7 +44,6 @@ ON_DEVICE = (
     "test_infill.py",
     "test_loss.py",
     "test_modeling.py",
-    "test_noise.py",
     "test_parity.py",
     "test_peft.py",
     "test_reference.py",
