@@ -1,9 +1,11 @@
 """Block Discrete Denoising Diffusion Language Models (BD3-LMs, arXiv 2503.09573) for Hugging Face Transformers."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from .kernels import attach
 from .registration import register_with_transformers
 
 
@@ -181,6 +183,9 @@ _MODULES = {
 }
 
 register_with_transformers()
+# BD3LM_KERNELS=0 leaves the models to plain torch.
+if os.environ.get("BD3LM_KERNELS", "1") != "0":
+    attach()
 
 
 def __getattr__(name: str) -> Any:
