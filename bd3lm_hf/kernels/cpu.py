@@ -25,7 +25,7 @@ from .cpu_generation import (
 )
 from .cpu_layers import layer_forward, modulation_of
 from .cpu_nucleus import with_selecting_nucleus
-from .cpu_plain import has_hooks, is_leaf, is_mask, is_plain, is_plain_layer
+from .cpu_plain import has_hooks, is_leaf, is_mask, is_plain, is_plain_layer, is_sdpa
 
 
 def replacements(classes: dict[str, type]) -> Iterator[tuple[type, str, Callable]]:
@@ -146,7 +146,7 @@ def pack_weights(
     network, head, dtype = model.model, model.lm_head, model.dtype
     if type(network) is not classes.get("BD3LMModel") or has_hooks(network) or not is_plain(torch.zeros(1, dtype=dtype)):
         return None
-    layers = [layer for layer in network.layers if is_plain_layer(layer, classes, dtype)]
+    layers = [layer for layer in network.layers if is_plain_layer(layer, classes, dtype) and is_sdpa(layer)]
     heads = [head] if is_leaf(head, nn.Linear, dtype) else []
     linears = [module for layer in layers for module in layer.modules() if type(module) is nn.Linear]
     if not pays([module.weight for module in (*linears, *heads)], num_rows, num_forwards):

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 # Queries of one chunk: large enough for full-speed matrix products, small against the length.
-CHUNK_SIZE = 128
+CHUNK_SIZE = 192
 # Runs of keys that lie closer together are read as one.
 MIN_GAP = 64
 # Of all pairs of queries and keys: with more of them in the chunks, one call for all takes no longer.

@@ -21,7 +21,7 @@ from .cpu_linear import HAS_ONEDNN
 
 
 # When packing pays: it costs about as much as it spares in a dozen forwards of a few rows each.
-MIN_PACKED_FORWARDS = 32
+MIN_PACKED_FORWARDS = 16
 MAX_PACKED_ROWS = 64
 MAX_PACKED_BYTES = 2**30
 

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cpu_attention import WantedQueries, attend, notes_of, wanted_queries
 from .cpu_generation import PackedWeights, folded_norm, packed_product, packed_weights, rotate
 from .cpu_linear import MLP, GatedLinear, NormedLinear, linear
-from .cpu_plain import HARMLESS_ARGUMENTS, has_hooks, is_mask, is_plain, is_plain_layer
+from .cpu_plain import HARMLESS_ARGUMENTS, has_hooks, is_mask, is_plain, is_plain_layer, is_sdpa
 
 
 # Shift, scale and gate: [hidden] where they are alike for all tokens, [batch, length or 1, hidden], or None.
@@ -25,13 +25,18 @@ def layer_forward(classes: dict[str, type], original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self, hidden_states, attention_mask, position_embeddings, condition=None, cache=None, **kwargs):
         surplus = {name for name, value in kwargs.items() if value is not None} - HARMLESS_ARGUMENTS
-        is_taken = is_plain(hidden_states) and is_mask(attention_mask) and not surplus
-        if not is_taken or not is_plain_layer(self, classes, hidden_states.dtype):
+        is_taken = (
+            is_plain(hidden_states)
+            and is_mask(attention_mask)
+            and not surplus
+            and is_plain_layer(self, classes, hidden_states.dtype)
+        )
+        weights = packed_weights()
+        if is_taken and weights is not None and is_for_packed(self, weights):
+            return weights.layers[self](hidden_states, attention_mask, position_embeddings, cache)
+        if not is_taken or not is_sdpa(self):
             inputs = (hidden_states, attention_mask, position_embeddings, condition)
             return original(self, *inputs, cache=cache, **kwargs)
-        weights = packed_weights()
-        if weights is not None and is_for_packed(self, weights):
-            return weights.layers[self](hidden_states, attention_mask, position_embeddings, cache)
         modulation = modulation_of(self, condition, hidden_states.dtype)
         wanted = wanted_of(self, attention_mask, modulation, cache)
         if wanted is not None:

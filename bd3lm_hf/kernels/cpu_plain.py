@@ -17,13 +17,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 HARMLESS_ARGUMENTS = {"output_attentions", "output_hidden_states", "return_dict", "use_cache"}
 # Transformers puts this hook on attention modules once anybody asks for their weights, which SDPA does not give.
 CAPTURING_HOOK = "output_capturing_hook"
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("up_proj", "down_proj")
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
 
 
 def is_plain(states: torch.Tensor) -> bool:
     """Whether these are states that the functions of this room take, and nothing rewrites what is computed."""
     return (
-        type(states) in (torch.Tensor, nn.Parameter)
-        and states.device.type == "cpu"
+        type(states) in PLAIN_TENSORS
+        and states.is_cpu
         and states.dtype in (torch.float32, torch.bfloat16)
         and states.numel() > 0
         and not torch.compiler.is_compiling()
@@ -60,13 +63,15 @@ def is_leaf(module: nn.Module, kind: type, dtype: torch.dtype, bias: bool | None
     """
     if type(module) is not kind or has_hooks(module):
         return False
-    weight, own_bias = module.weight, module.bias
+    # Past `Module.__getattr__`: this runs for every layer of every forward.
+    parameters = module.__dict__["_parameters"]
+    weight, own_bias = parameters.get("weight"), parameters.get("bias")
     return (
-        type(weight) in (nn.Parameter, torch.Tensor)
+        type(weight) in PLAIN_TENSORS
         and weight.dtype is dtype
-        and weight.device.type == "cpu"
+        and weight.is_cpu
         and (bias is None or (own_bias is not None) is bias)
-        and (own_bias is None or type(own_bias) in (nn.Parameter, torch.Tensor) and own_bias.dtype is dtype)
+        and (own_bias is None or type(own_bias) in PLAIN_TENSORS and own_bias.dtype is dtype)
     )
 
 
@@ -92,20 +97,22 @@ def is_plain_layer(layer: nn.Module, classes: dict[str, type], dtype: torch.dtyp
     """
     if type(layer) is not classes["BD3LMDecoderLayer"]:
         return False
-    attention, mlp = layer.self_attn, layer.mlp
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    parts = layer.__dict__["_modules"]
+    attention, mlp = parts["self_attn"], parts["mlp"]
+    if not is_container(attention, classes.get("BD3LMAttention")) or not is_container(mlp, classes.get("BD3LMMLP")):
+        return False
+    norms = (parts["input_layernorm"], parts["post_attention_layernorm"])
+    of_attention, of_mlp = attention.__dict__["_modules"], mlp.__dict__["_modules"]
     return (
-        is_container(attention, classes.get("BD3LMAttention"))
-        and is_container(mlp, classes.get("BD3LMMLP"))
-        and attention.config._attn_implementation == "sdpa"
-        and all(is_leaf(norm, nn.LayerNorm, dtype, bias=False) for norm in norms)
-        and is_leaf(attention.q_proj, nn.Linear, dtype, bias=False)
-        and is_leaf(attention.k_proj, nn.Linear, dtype, bias=False)
-        and is_leaf(attention.v_proj, nn.Linear, dtype, bias=False)
-        and is_leaf(attention.o_proj, nn.Linear, dtype, bias=False)
-        and is_leaf(mlp.up_proj, nn.Linear, dtype, bias=True)
-        and is_leaf(mlp.down_proj, nn.Linear, dtype, bias=True)
+        all(is_leaf(norm, nn.LayerNorm, dtype, bias=False) for norm in norms)
+        and all(is_leaf(of_attention[name], nn.Linear, dtype, bias=False) for name in ATTENTION_PROJECTIONS)
+        and all(is_leaf(of_mlp[name], nn.Linear, dtype, bias=True) for name in MLP_PROJECTIONS)
     )
+
+
+def is_sdpa(layer: nn.Module) -> bool:
+    """Whether the attention of a decoder layer is SDPA."""
+    return layer.self_attn.config._attn_implementation == "sdpa"
 
 
 def is_mask(mask: Any) -> bool:
