@@ -123,17 +123,13 @@ def sample(classes: dict[str, type], original: Callable) -> Callable:
         num_new = generation_config.max_length - input_ids.shape[1]
         size = (input_ids.shape[0] * block_size, expected_forwards(generation_config, num_new, block_size))
         with using(pack_weights(self, classes, *size)):
-            return original(
-                self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs
-            )
+            return original(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs)
 
     return _sample
 
 
 @torch.no_grad()
-def pack_weights(
-    model: nn.Module, classes: dict[str, type], num_rows: int, num_forwards: int
-) -> PackedWeights | None:
+def pack_weights(model: nn.Module, classes: dict[str, type], num_rows: int, num_forwards: int) -> PackedWeights | None:
     """
     Packed weights of all plain layers of a model and its head; None where that does not pay.
 
@@ -144,7 +140,11 @@ def pack_weights(
         num_forwards: forwards to come.
     """
     network, head, dtype = model.model, model.lm_head, model.dtype
-    if type(network) is not classes.get("BD3LMModel") or has_hooks(network) or not is_plain(torch.zeros(1, dtype=dtype)):
+    if (
+        type(network) is not classes.get("BD3LMModel")
+        or has_hooks(network)
+        or not is_plain(torch.zeros(1, dtype=dtype))
+    ):
         return None
     layers = [layer for layer in network.layers if is_plain_layer(layer, classes, dtype) and is_sdpa(layer)]
     heads = [head] if is_leaf(head, nn.Linear, dtype) else []

@@ -184,7 +184,11 @@ def gated_gradients(needed, gated_grad, grad, rows, weight, bias, gate) -> tuple
     """
     needs_weight, needs_bias, needs_gate = needed
     if not needs_gate:
-        return weight_gradient(needs_weight, gated_grad, rows, weight), bias_gradient(needs_bias, gated_grad, bias), None
+        return (
+            weight_gradient(needs_weight, gated_grad, rows, weight),
+            bias_gradient(needs_bias, gated_grad, bias),
+            None,
+        )
     grad_weight = product(grad.t(), rows.t()).to(weight.dtype)
     grad_gate = (grad_weight * weight).sum(-1)
     grad_bias = bias_gradient(bias is not None, grad, bias)

@@ -60,8 +60,6 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
         return scores.masked_fill(is_outside, self.filter_value)
 
 
-
-
 def with_selecting_nucleus(logits_processor: LogitsProcessorList) -> LogitsProcessorList:
     """The same processors, with [`SelectingTopPLogitsWarper`] for Transformers' own."""
     return LogitsProcessorList(
