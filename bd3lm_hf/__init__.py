@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .hub import push_to_hub
     from .modeling.cache_block_diffusion import CommitCache
     from .modeling.configuration_bd3lm import BD3LMConfig
-    from .modeling.progress_block_diffusion import EntropyStoppingCriteria
     from .modeling.diffusion_block_diffusion import (
         FULL_NOISE_INTERVAL,
         NOISE_SCHEDULES,
@@ -28,9 +27,14 @@ if TYPE_CHECKING:
         sample_timesteps,
         subs_log_probs,
     )
-    from .modeling.generation_block_diffusion import BD3LMGenerateOutput, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+    from .modeling.generation_block_diffusion import (
+        BD3LMGenerateOutput,
+        BD3LMGenerationConfig,
+        BlockDiffusionGenerationMixin,
+    )
     from .modeling.infilling_block_diffusion import TextInfillingPipeline
     from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMPreTrainedModel
+    from .modeling.progress_block_diffusion import EntropyStoppingCriteria
     from .modeling.samplers_block_diffusion import (
         SAMPLERS,
         AncestralSampler,

@@ -1,9 +1,9 @@
 """
 Attention on a CPU that reads only what a mask lets it see.
 
-A block diffusion mask leaves out half of all pairs and more. Its queries are walked in chunks, and each chunk reads the
-runs of keys that any query of it sees. What the mask stands for does not matter: the runs are read off the mask itself,
-once for all layers.
+A block diffusion mask leaves out half of all pairs and more. Its queries are walked in chunks, and each chunk reads
+the runs of keys that any query of it sees. What the mask stands for does not matter: the runs are read off the mask
+itself, once for all layers.
 """
 
 from dataclasses import dataclass
@@ -95,8 +95,8 @@ def is_full(mask: torch.Tensor) -> bool:
 
 def chunks_of(mask: torch.Tensor, dtype: torch.dtype) -> list[Chunk] | None:
     """
-    The chunks of a mask, bool [batch or 1, 1, queries, keys], for queries of a precision; None where the mask is dense,
-    or has a query that sees nothing.
+    The chunks of a mask, bool [batch or 1, 1, queries, keys], for queries of a precision; None where the mask is
+    dense, or has a query that sees nothing.
     """
     notes = notes_of(mask)
     if dtype not in notes.chunks:

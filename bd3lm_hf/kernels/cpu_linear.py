@@ -1,9 +1,9 @@
 """
 Matrix products on a CPU by the faster of torch's two kernels, and maps of a layer that keep less for their gradients.
 
-torch multiplies float32 matrices on a CPU by MKL, and oneDNN is the other kernel that it is built with. On processors of
-AMD oneDNN ran at twice the speed of MKL; on those of Intel they are alike, and MKL is quicker at transposed matrices
-(`docs/benchmarks.md`).
+torch multiplies float32 matrices on a CPU by MKL, and oneDNN is the other kernel that it is built with. On processors
+of AMD oneDNN ran at twice the speed of MKL; on those of Intel they are alike, and MKL is quicker at transposed
+matrices (`docs/benchmarks.md`).
 
 What surrounds a matrix product costs little to compute and much to keep. [`NormedLinear`], [`GatedLinear`] and [`MLP`]
 keep what goes into the products, and compute norms, GELU and gates again in the backward pass. All of them take
@@ -53,7 +53,7 @@ def product(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 
 def dense(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, copied where it is a part of a wider one: with such strides oneDNN takes hundreds of times as long."""
+    """The matrix, copied where it is a part of a wider one: such strides take oneDNN hundreds of times as long."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
