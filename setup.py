@@ -16,7 +16,7 @@ QUANTIZERS = ["bitsandbytes>=0.50", "torchao>=0.18", "optimum-quanto>=0.2.7", "h
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.14"]
 
 # The folders of `bd3lm_hf/`, in the order in which they may import each other.
-ROOMS = ("data", "noise", "evaluation", "hub", "training", "app", "cli")
+ROOMS = ("kernels", "data", "noise", "evaluation", "hub", "training", "app", "cli")
 
 setup(
     name="bd3lm-hf",

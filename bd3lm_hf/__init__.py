@@ -5,9 +5,11 @@ Here stands what people type; everything else is imported from its room, such as
 `from bd3lm_hf.evaluation.variance import gradient_variance`.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .kernels import attach
 from .modeling.cache_block_diffusion import CommitCache
 from .modeling.configuration_bd3lm import BD3LMConfig
 from .modeling.generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
@@ -104,6 +106,9 @@ _MODULES = {
 }
 
 register_with_transformers()
+# BD3LM_KERNELS=0 leaves the models to plain torch.
+if os.environ.get("BD3LM_KERNELS", "1") != "0":
+    attach()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,26 +2,34 @@
 The training loss of a BD3-LM in the plain formulation of the paper (arXiv 2503.09573), over the weights of ours.
 
 Both streams go whole through every layer under one dense 2L x 2L mask, shifts, scales and gates are applied per token,
-and the probabilities of every position are computed. It takes the package's matrix kernel, so that a comparison
-measures the formulation alone, and nothing else of it: it stays as it is whatever becomes of the model's own code.
+and the probabilities of every position are computed. The matrix products come from outside: by those of the package's
+kernels a comparison measures the formulation alone, by torch's own it measures what the published code does. Nothing
+else here is the model's: it stays as it is whatever becomes of that.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
 from bd3lm_hf import BD3LMForMaskedLM
 from bd3lm_hf.modeling.diffusion_block_diffusion import NOISE_SCHEDULES, forward_process, sample_timesteps
-from bd3lm_hf.modeling.layers_bd3lm import BD3LMDecoderLayer
-from bd3lm_hf.modeling.linear_bd3lm import compute_dtype, linear
+from bd3lm_hf.modeling.modeling_bd3lm import BD3LMDecoderLayer
 
 
-def dense_loss(model: BD3LMForMaskedLM, x_0: torch.Tensor) -> torch.Tensor:
+def dense_loss(
+    model: BD3LMForMaskedLM, x_0: torch.Tensor, linear: Callable = torch.nn.functional.linear
+) -> torch.Tensor:
     """
-    The loss in nats per token of x_0 [batch, length]; every token but the first is predicted.
+    The loss in nats per token of a text; every token but the first is predicted.
 
     Noise is drawn from torch's global generator as the model itself draws it: equal seeds give equal losses.
+
+    Args:
+        model: whose weights are taken.
+        x_0: ids [batch, length].
+        linear: the linear map, as `torch.nn.functional.linear`.
     """
     config = model.config
     batch_size, length = x_0.shape
@@ -35,21 +43,23 @@ def dense_loss(model: BD3LMForMaskedLM, x_0: torch.Tensor) -> torch.Tensor:
     is_masked = x_t == config.mask_token_id
 
     is_mask_token = torch.arange(config.vocab_size, device=x_0.device) == config.mask_token_id
-    logits = two_stream_logits(model, x_t, x_0).float()
+    logits = two_stream_logits(model, x_t, x_0, linear).float()
     log_probs = logits.masked_fill(is_mask_token, -torch.inf).log_softmax(-1)
     # A revealed token is certain, whatever the network says.
     nats = -log_probs.gather(-1, x_0[..., None]).squeeze(-1)
     return (schedule.loss_weight(t) * nats)[is_masked].sum() / maskable.sum()
 
 
-def two_stream_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+def two_stream_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, linear: Callable) -> torch.Tensor:
     """Raw scores of the noisy tokens [batch, length, vocab], after one pass over [x_t ; x_0]."""
     config, length = model.config, x_t.shape[1]
     positions = torch.arange(length, device=x_t.device)
     mask = two_stream_mask(positions // config.block_size)
     states = model.model.embed_tokens(torch.cat([x_t, x_0], dim=1))
     # Added to the scores: SDPA would make this of the boolean mask in each layer, and keep it there.
-    dtype = compute_dtype(states)
+    device_type = states.device.type
+    is_autocast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if is_autocast else states.dtype
     mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     exponents = torch.arange(0, config.head_dim, 2, device=x_t.device) / config.head_dim
     angles = (positions[:, None] / config.rope_theta**exponents).repeat(2, 2)
@@ -61,8 +71,11 @@ def two_stream_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Ten
     hidden = silu(linear(features.expand(x_t.shape[0], 1, -1), noise.linear_1.weight, noise.linear_1.bias))
     condition = silu(linear(hidden, noise.linear_2.weight, noise.linear_2.bias))
 
+    def project(module: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        return linear(states, module.weight, module.bias)
+
     for layer in model.model.layers:
-        states = dense_layer(layer, states, condition, rotary, mask)
+        states = dense_layer(layer, states, condition, rotary, mask, project)
     shift, scale = project(model.model.adaln_modulation, condition).chunk(2, dim=-1)
     return project(model.lm_head, normed(model.model.norm, states[:, :length], shift, scale))
 
@@ -75,7 +88,7 @@ def two_stream_mask(block: torch.Tensor) -> torch.Tensor:
     return torch.cat([noisy_rows, clean_rows])
 
 
-def dense_layer(layer: BD3LMDecoderLayer, states, condition, rotary, mask) -> torch.Tensor:
+def dense_layer(layer: BD3LMDecoderLayer, states, condition, rotary, mask, project) -> torch.Tensor:
     """One layer over all tokens of both streams [batch, 2 length, hidden]."""
     attention = layer.self_attn
     modulation = project(layer.adaln_modulation, condition).chunk(6, dim=-1)
@@ -91,10 +104,6 @@ def dense_layer(layer: BD3LMDecoderLayer, states, condition, rotary, mask) -> to
     states_in = normed(layer.post_attention_layernorm, states, *modulation[3:5])
     branch = project(layer.mlp.down_proj, gelu(project(layer.mlp.up_proj, states_in), approximate="tanh"))
     return states + modulation[5] * branch
-
-
-def project(module: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
-    return linear(states, module.weight, module.bias)
 
 
 def normed(norm: torch.nn.Module, states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

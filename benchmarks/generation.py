@@ -3,15 +3,16 @@ Generation speed and memory beside a plain loop and GPT-2's `generate`: `python 
 
 Nucleus sampling with p = 0.9, random weights, one text at a time unless a row says how many. The plain loop is the
 same network and sampler with a commit pass of its own after each block and the logits of every position of the block
-at every step.
+at every step. What is called remote code alone is the model without the package's kernels.
 """
 
 import sys
+from contextlib import nullcontext
 
 import torch
 from transformers import DynamicCache, TopPLogitsWarper
 
-from bd3lm_hf import BD3LMForMaskedLM, CommitCache
+from bd3lm_hf import BD3LMForMaskedLM, CommitCache, kernels
 
 from .common import (
     BLOCK_SIZE,
@@ -32,6 +33,7 @@ NAMES = {
     "bd3lm_16": "BD3-LM, `first_hitting`, block size 16",
     "bd3lm_batch": "BD3-LM, `first_hitting`, 8 texts",
     "parallel": "BD3-LM, `confidence`, 2 steps per block",
+    "remote": "BD3-LM, remote code alone",
     "plain": "BD3-LM, plain loop",
     "gpt2": "GPT-2",
     "gpt2_batch": "GPT-2, 8 texts",
@@ -85,7 +87,8 @@ def make_run(name: str, size_name: str, num_new_tokens: int):
     def run() -> float:
         if name == "plain":
             return plain_loop(model, prompt, num_new_tokens) / num_new_tokens
-        output = model.generate(prompt, **arguments)
+        with kernels.detached() if name == "remote" else nullcontext():
+            output = model.generate(prompt, **arguments)
         assert output.sequences.shape[1] == PROMPT_LENGTH + num_new_tokens
         return 1.0 if is_gpt2 else float(output.num_forward_passes[0]) / num_new_tokens
 

@@ -2,9 +2,10 @@
 Training speed and memory beside dense two-stream passes and GPT-2: `python -m benchmarks.training`.
 
 A step is one forward and one backward pass over a batch of random tokens; bfloat16 means autocast over float32
-weights. Beside it, in the same run: GPT-2, and three dense forms of the same network. `benchmarks/dense.py` is the
-paper's own formulation (the 2L x 2L mask in SDPA, all queries in every layer, shifts and gates per token, logits of
-all positions), by our own matrix kernel and by `nn.Linear`, as the published code has it; `eager` is this
+weights. Beside it, in the same run: GPT-2; the same model without the package's kernels, as it is by remote code
+alone; with gradient checkpointing; and three dense forms of the same network. `benchmarks/dense.py` is the paper's own
+formulation (the 2L x 2L mask in SDPA, all queries in every layer, shifts and gates per token, logits of all
+positions), by the kernels' matrix products and by those of `nn.Linear`, as the published code has it; `eager` is this
 package's reference attention, which holds all scores under the dense mask.
 
 MFU is the FLOPs of the matrix products that a formulation needs, over what the device could do in the time. Per token
@@ -20,8 +21,12 @@ masked half of the tokens alone.
 import argparse
 import dataclasses
 import sys
+from contextlib import nullcontext
 
 import torch
+
+from bd3lm_hf import kernels
+from bd3lm_hf.kernels.cpu_linear import linear
 
 from .common import (
     SIZES,
@@ -40,6 +45,8 @@ from .dense import dense_loss
 
 NAMES = {
     "bd3lm": "BD3-LM",
+    "remote": "BD3-LM, remote code alone",
+    "checkpointed": "BD3-LM, gradient checkpointing",
     "dense": "BD3-LM, dense formulation",
     "plain_dense": "BD3-LM, dense formulation by `nn.Linear`",
     "eager": "BD3-LM, `eager`",
@@ -67,16 +74,22 @@ def make_step(name: str, size: Size, dtype: str, arguments: argparse.Namespace):
     attn_implementation = "eager" if name == "eager" else arguments.attn_implementation
     model = make_gpt2(size) if name == "gpt2" else make_bd3lm(size, attn_implementation)
     model = model.train().to(arguments.device)
-    has_onednn = torch.backends.mkldnn.enabled and name != "plain_dense"
+    if name == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    linears = {"plain_dense": torch.nn.functional.linear}
+    if arguments.device == "cpu":
+        linears["dense"] = linear
     ids = torch.randint(size.vocab_size - 1, (size.batch_size, size.length), device=arguments.device)
 
     def plain_loss(ids: torch.Tensor) -> torch.Tensor:
-        return dense_loss(model, ids) if "dense" in name else model(input_ids=ids, labels=ids).loss
+        if "dense" in name:
+            return dense_loss(model, ids, linears.get(name, torch.nn.functional.linear))
+        return model(input_ids=ids, labels=ids).loss
 
     loss_of = torch.compile(plain_loss) if arguments.compile else plain_loss
 
     def step() -> float:
-        with torch.backends.mkldnn.flags(enabled=has_onednn):
+        with kernels.detached() if name == "remote" else nullcontext():
             with torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
                 loss = loss_of(ids)
             loss.backward()

@@ -391,11 +391,15 @@ class BlockDiffusionLMMixin:
             )
             hidden_states = outputs.last_hidden_state
         return BlockDiffusionOutput(
-            logits=self.lm_head(select_positions(hidden_states, logits_to_keep)),
+            logits=self._logits(select_positions(hidden_states, logits_to_keep)),
             cache=cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Raw scores of the final hidden states [batch, kept, hidden] -> [batch, kept, vocab]."""
+        return self.lm_head(hidden_states)
 
     def _two_streams(
         self,
