@@ -112,7 +112,7 @@ def values_and_gradients(function, inputs):
     return [*outputs, *torch.autograd.grad(total, [tensor for tensor in inputs if tensor is not None])]
 
 
-@pytest.mark.parametrize("name", set(CASES) - {"nats"})
+@pytest.mark.parametrize("name", [name for name in CASES if name != "nats"])
 def test_gradients_are_those_of_finite_differences(name):
     fused, _, inputs = CASES[name]()
     assert torch.autograd.gradcheck(fused, inputs)
