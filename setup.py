@@ -20,7 +20,7 @@ ROOMS = ("kernels", "data", "noise", "evaluation", "hub", "training", "app", "cl
 
 setup(
     name="bd3lm-hf",
-    version="0.1.0",
+    version="0.2.0",
     description="Block diffusion language models (BD3-LMs) for Hugging Face Transformers",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

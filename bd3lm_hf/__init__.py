@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from .training.trainer import BD3LMTrainer
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AncestralSampler",
