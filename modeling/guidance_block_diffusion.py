@@ -1,6 +1,7 @@
 """Classifier-free guidance: away from what the model would write after a negative prompt."""
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor
 
 
@@ -10,25 +11,21 @@ class Guidance(LogitsProcessor):
     `scale * conditional + (1 - scale) * unconditional` (arXiv 2306.17806; up to a constant this is the same of
     log-probabilities).
 
-    Both are rows of one forward. New tokens have the same place within their blocks behind either prompt, so the
+    Both are rows of one forward. New tokens have the same place within their blocks after either prompt, so the
     blocks of a negative prompt are counted from its end, and its first block may be short.
 
-    Args:
-        scale: 1 is no guidance.
-        negative_ids: left-padded negative prompts [batch, width], -1 at padding; by default the last token of each
-            prompt.
+    `negative_ids` are left-padded negative prompts [batch, width], -1 at padding; by default the last token of each
+    prompt. A `scale` of 1 is no guidance.
     """
 
-    def __init__(self, scale: float, negative_ids: torch.Tensor | None = None):
+    def __init__(self, scale: float, negative_ids: Tensor | None = None):
         self.scale = scale
         self.negative_ids = negative_ids
 
-    def of_batch(self, input_ids: torch.Tensor, num_return_sequences: int = 1) -> "Guidance":
+    def of_batch(self, input_ids: Tensor, num_return_sequences: int = 1) -> "Guidance":
         """
-        With a negative prompt for each row of `input_ids` [batch, length], whose prompts are repeated.
-
-        Raises:
-            ValueError: there is neither one negative prompt nor one for each prompt.
+        With a negative prompt for each row of `input_ids` [batch, length], in which prompts are repeated; raises a
+        ValueError if there is neither one negative prompt nor one for each prompt.
         """
         if self.negative_ids is None:
             return Guidance(self.scale, input_ids[:, -1:])
@@ -47,18 +44,11 @@ class Guidance(LogitsProcessor):
         return scores
 
     def with_unconditional_rows(
-        self, prefix: torch.Tensor, num_clean: torch.Tensor, prompt_length: torch.Tensor, block_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, prefix: Tensor, num_clean: Tensor, prompt_length: Tensor, block_size: int
+    ) -> tuple[Tensor, Tensor]:
         """
-        Appends to the batch one row for each negative prompt.
-
-        Args:
-            prefix: the id at each position of the prompts [batch, width].
-            num_clean: positions in the whole blocks of each prompt [batch].
-            prompt_length: tokens of each prompt [batch].
-
-        Returns:
-            (id at each position, -1 where there is no token [2 batch, width], positions in whole blocks [2 batch]).
+        Appends to the id at each position of the prompts [batch, width] and the number of positions in their whole
+        blocks [batch] those of the negative prompts, [2 batch, width], -1 where there is no token, and [2 batch].
         """
         num_in_last = prompt_length - num_clean
         num_negative = (self.negative_ids >= 0).sum(-1)
@@ -73,18 +63,10 @@ class Guidance(LogitsProcessor):
         prefix = torch.nn.functional.pad(prefix, (0, width - prefix.shape[1]), value=-1)
         return torch.cat([prefix, negative.masked_fill(~is_real, -1)]), torch.cat([num_clean, length])
 
-    def with_unconditional_blocks(
-        self, block: torch.Tensor, new_index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def with_unconditional_blocks(self, block: Tensor, new_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """
-        Appends each row's block as it stands behind the negative prompt.
-
-        Args:
-            block: ids [batch, block_size].
-            new_index: index of each among the new tokens, negative for those of the prompt [batch, block_size].
-
-        Returns:
-            (ids [2 batch, block_size], which of them there are, bool [2 batch, block_size], None if all are).
+        Appends to the blocks, ids and their index among the new tokens, negative in the prompt [batch, block_size],
+        those after the negative prompts: ids and which of them there are, None if all are, [2 batch, block_size].
         """
         is_prompt = new_index < 0
         if not is_prompt.any():
@@ -96,7 +78,7 @@ class Guidance(LogitsProcessor):
         both = torch.cat([block, unconditional])
         return both.clamp(min=0), torch.cat([torch.ones_like(is_prompt), unconditional >= 0])
 
-    def combine(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of all candidates behind the prompts, then behind the negative prompts [2 n, vocab] -> [n, vocab]."""
+    def combine(self, logits: Tensor) -> Tensor:
+        """Logits of all candidates after the prompts, then after the negative prompts [2 n, vocab] -> [n, vocab]."""
         conditional, unconditional = logits.chunk(2)
         return torch.lerp(unconditional, conditional, self.scale)
