@@ -49,8 +49,7 @@ def is_visible(
     query_blocks: Tensor, key_blocks: Tensor, window: int, query_streams: Any = 0, key_streams: Any = 0
 ) -> Tensor:
     """
-    The rules at the head of this file for block ids, with a window of so many earlier blocks; all arguments broadcast,
-    the result is bool.
+    The rules at the head of this file, bool, for block ids that broadcast and a window of so many earlier blocks.
 
     Streams are 0 for clean tokens and 1, 2, ... for those of each noised copy of the text; copies do not see each
     other. In a denoising pass, without streams, all tokens follow the rule of clean ones.

@@ -20,9 +20,8 @@ from .two_stream_block_diffusion import flagged_first
 
 class GenerationRecord:
     """
-    What [`BD3LMGenerateOutput`] says of each token; None where `generate` was not asked for it.
-
-    `scores` and `logits` are [new tokens, batch, vocab], `reveal_steps` and `token_probabilities` [batch, columns].
+    What [`BD3LMGenerateOutput`] says of each token, as far as `generate` was asked for it: `scores` and `logits` [new
+    tokens, batch, vocab], `reveal_steps` and `token_probabilities` [batch, columns].
     """
 
     def __init__(self, canvas: Canvas, generation_config: GenerationConfig, vocab_size: int):

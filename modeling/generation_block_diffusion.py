@@ -20,6 +20,7 @@ from .network_block_diffusion import as_int64
 from .outputs_block_diffusion import BD3LMGenerateOutput, accepts_past_key_values
 from .prefix_reuse_block_diffusion import sliding_cache
 from .progress_block_diffusion import Canvas, RowProgress
+from .two_stream_block_diffusion import check_shape
 
 
 # What Transformers calls the cache among the arguments of a model; `generate` takes both names.
@@ -133,10 +134,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
     def _get_logits_processor(self, generation_config, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        negative_ids = kwargs.pop("negative_prompt_ids", None)
+        negative_ids = as_int64("negative_prompt_ids", kwargs.pop("negative_prompt_ids", None))
         negative_mask = kwargs.pop("negative_prompt_attention_mask", None)
-        if negative_ids is not None:
-            negative_ids = as_int64("negative_prompt_ids", negative_ids)
         all_processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         # Transformers' own runs the model on a next token, which this one does not predict.
         foreign = UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -172,11 +171,11 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None, prefix: str = "") -> Tensor:
         """The mask tokens of the prompts, bool [batch, length]; raises a ValueError where the prompts are wrong."""
         ids_name, mask_name = f"{prefix or 'input_'}ids", f"{prefix}attention_mask"
-        shape, vocab_size = list(input_ids.shape), self.config.vocab_size
+        vocab_size = self.config.vocab_size
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
-                f"`{ids_name}` must be of shape [batch, length] with at least one token, but got {shape}; an empty "
-                "prompt is the BOS token alone."
+                f"`{ids_name}` must be of shape [batch, length] with at least one token, but got "
+                f"{list(input_ids.shape)}; an empty prompt is the BOS token alone."
             )
         outside = (input_ids < 0) | (input_ids >= vocab_size)
         if outside.any():
@@ -184,10 +183,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         gaps = input_ids == self.config.mask_token_id
         if attention_mask is None:
             return gaps
-        if list(attention_mask.shape) != shape:
-            raise ValueError(
-                f"`{mask_name}` must be of the shape of `{ids_name}`, {shape}, but got {list(attention_mask.shape)}."
-            )
+        check_shape(mask_name, attention_mask, ids_name, input_ids.shape)
         real = attention_mask != 0
         is_empty = ~real.any(-1)
         if is_empty.any():

@@ -42,10 +42,8 @@ def argument_rules() -> dict[str, tuple[Callable[[Any], bool], str]]:
 
 class BD3LMGenerationConfig(GenerationConfig):
     """
-    `GenerationConfig` with the arguments of block-wise generation.
-
-    Unlike there, `do_sample` is True and `top_k` is off by default, so that samples follow the model's own
-    distribution.
+    `GenerationConfig` with the arguments of block-wise generation. Unlike there, `do_sample` is True and `top_k` is
+    off by default, so that samples follow the model's own distribution.
 
     Args:
         sampler: "first_hitting" (default), "ancestral", "confidence", "entropy_bound", a name that was added to

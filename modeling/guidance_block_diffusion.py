@@ -32,10 +32,8 @@ class Guidance(LogitsProcessor):
         num_rows, num_negative = input_ids.shape[0], self.negative_ids.shape[0]
         num_prompts = num_rows // num_return_sequences
         if num_negative not in (1, num_prompts):
-            raise ValueError(
-                f"`negative_prompt_ids` must have one row, or one for each of the {num_prompts} prompts, but got "
-                f"{num_negative}."
-            )
+            rule = f"one row, or one for each of the {num_prompts} prompts"
+            raise ValueError(f"`negative_prompt_ids` must have {rule}, but got {num_negative}.")
         negative_ids = self.negative_ids.to(input_ids.device).repeat_interleave(num_rows // num_negative, dim=0)
         return Guidance(self.scale, negative_ids)
 
@@ -47,8 +45,8 @@ class Guidance(LogitsProcessor):
         self, prefix: Tensor, num_clean: Tensor, prompt_length: Tensor, block_size: int
     ) -> tuple[Tensor, Tensor]:
         """
-        Appends to the id at each position of the prompts [batch, width] and the number of positions in their whole
-        blocks [batch] those of the negative prompts, [2 batch, width], -1 where there is no token, and [2 batch].
+        The id at each position of the prompts [batch, width], and how many of these their whole blocks hold [batch],
+        followed by the same of the negative prompts: [2 batch, width], -1 where there is no token, and [2 batch].
         """
         num_in_last = prompt_length - num_clean
         num_negative = (self.negative_ids >= 0).sum(-1)
@@ -65,8 +63,9 @@ class Guidance(LogitsProcessor):
 
     def with_unconditional_blocks(self, block: Tensor, new_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """
-        Appends to the blocks, ids and their index among the new tokens, negative in the prompt [batch, block_size],
-        those after the negative prompts: ids and which of them there are, None if all are, [2 batch, block_size].
+        The ids of the blocks after the prompts [batch, block_size], then of those after the negative prompts, and
+        which of them there are, None if all are, both [2 batch, block_size]. `new_index` counts each token among the
+        new ones and is negative in the prompt.
         """
         is_prompt = new_index < 0
         if not is_prompt.any():

@@ -216,7 +216,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     # Small, and everything passes through them: quantizers leave them as they are, and float16 does not round them.
     # Quantizers match these from the start of a module's (torchao: a parameter's) name, so they allow for parents.
     _keep_in_fp32_modules = [r"(?:.+\.)?noise_embedding", r"(?:.+\.)?adaln_modulation"]
-    # Buffers of the published code: the rotary frequencies follow from the config, the interval stands in it.
+    # Buffers of the published code: the rotary frequencies follow from the config, the interval is in it.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)"]
     _can_record_outputs = {"hidden_states": BD3LMDecoderLayer, "attentions": BD3LMAttention}
 

@@ -29,7 +29,7 @@ from .diffusion_block_diffusion import (
 )
 from .loss_block_diffusion import token_nats
 from .outputs_block_diffusion import BlockDiffusionOutput, accepts_past_key_values
-from .two_stream_block_diffusion import TextBlocks, TwoStreams, positions_and_blocks, tokens_where
+from .two_stream_block_diffusion import TextBlocks, TwoStreams, check_shape, positions_and_blocks, tokens_where
 
 
 logger = logging.get_logger(__name__)
@@ -72,9 +72,8 @@ def prepare_denoising(
     else:
         if document_ids is not None:
             raise ValueError("`document_ids` describes whole rows and can't go with `cache`, but got both.")
-        position_ids, query_blocks, key_blocks = denoising_positions_and_blocks(
-            config, length, device, attention_mask, position_ids, cache
-        )
+        rows = (attention_mask, position_ids, cache)
+        position_ids, query_blocks, key_blocks = denoising_positions_and_blocks(config, length, device, *rows)
     mask = block_diffusion_mask(query_blocks, key_blocks, config.window_in_blocks, config._attn_implementation, dtype)
     return position_ids, mask
 
@@ -84,8 +83,10 @@ def is_prepared(attention_mask: Any) -> bool:
     return attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
 
 
-def as_int64(name: str, ids: Tensor) -> Tensor:
-    """Ids [...] of any integer dtype as int64; raises a ValueError where these are no integers."""
+def as_int64(name: str, ids: Tensor | None) -> Tensor | None:
+    """Ids [...] of any integer dtype as int64, or None; raises a ValueError where these are no integers."""
+    if ids is None:
+        return None
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"`{name}` must be of an integer dtype, but got {ids.dtype}.")
     return ids.long()
@@ -174,12 +175,11 @@ class BlockDiffusionLMMixin:
 
         * `input_ids` alone: a denoising pass over the ids that the network reads, masked ones among them. `logits` are
           raw; [`subs_log_probs`] applies the SUBS rules to them.
-        * With `clean_input_ids`: the pass over [x_t ; x_0], with x_t in `input_ids`; `logits` belong to x_t. * With
-        `labels`: `input_ids` is the text x_0; the `loss` is in nats per predicted token. Noise is drawn here: in
-        training mode
-          from torch's global generator, t from `config.noise_interval`; in evaluation mode t from the full interval,
-          and the same noise for the same text. Noise drawn elsewhere comes as x_t in `input_ids`, x_0 in
-          `clean_input_ids`, and the `loss_weights`.
+        * With `clean_input_ids`: the pass over [x_t ; x_0], with x_t in `input_ids`; `logits` belong to x_t.
+        * With `labels`: `input_ids` is the text x_0; the `loss` is in nats per predicted token. Noise is drawn here:
+          in training mode from torch's global generator, t from `config.noise_interval`; in evaluation mode t from the
+          full interval, and the same noise for the same text. Noise drawn elsewhere comes as x_t in `input_ids`, x_0
+          in `clean_input_ids`, and the `loss_weights`.
 
         Args:
             input_ids: ids [batch, length]; x_t may hold several noised copies of the text, one after the other
@@ -215,9 +215,8 @@ class BlockDiffusionLMMixin:
                 "`label_smoothing_factor` and `compute_loss_func`, which would teach the model to copy its input: set "
                 "neither of them."
             )
-        given = {"input_ids": input_ids, "clean_input_ids": clean_input_ids, "labels": labels}
-        given = (ids if ids is None else as_int64(name, ids) for name, ids in given.items())
-        input_ids, clean_input_ids, labels = given
+        input_ids, labels = as_int64("input_ids", input_ids), as_int64("labels", labels)
+        clean_input_ids = as_int64("clean_input_ids", clean_input_ids)
         text = (attention_mask, position_ids, document_ids)
         if (labels is not None or clean_input_ids is not None) and (inputs_embeds is not None or cache is not None):
             raise ValueError(
@@ -305,11 +304,7 @@ class BlockDiffusionLMMixin:
     def _denoising_loss(self, x_0, labels, blocks, noise, num_items_in_batch, **kwargs: Any) -> BlockDiffusionOutput:
         """The NELBO estimate of arXiv 2503.09573, Eq. 8, over `noise`: (x_t, sigma or None, weights in the loss)."""
         x_t, timesteps, loss_weights = noise
-        if loss_weights.shape != x_t.shape:
-            raise ValueError(
-                f"`loss_weights` must be of the shape of `input_ids`, {list(x_t.shape)}, but got "
-                f"{list(loss_weights.shape)}."
-            )
+        check_shape("loss_weights", loss_weights, "input_ids", x_t.shape)
         num_copies = x_t.shape[1] // max(x_0.shape[1], 1)
         masked = (x_t == self.config.mask_token_id) & blocks.predicted.repeat(1, num_copies)
         streams, outputs = self._two_stream_pass(x_t, x_0, blocks, timesteps, masked, **kwargs)

@@ -12,12 +12,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 class EntropyStoppingCriteria(StoppingCriteria):
     """
-    Ends a row whose last `window` tokens repeat themselves (arXiv 2503.09573, Sec. 6.2).
-
-    Args:
-        threshold: least entropy of the window's tokens as a distribution over ids, in nats.
-        window: number of tokens.
-        first_column: column of each row's first real token [batch]; rows with fewer than `window` real tokens go on.
+    Ends a row whose last `window` tokens repeat themselves: as a distribution over ids they have less entropy than
+    `threshold`, in nats (arXiv 2503.09573, Sec. 6.2). `first_column` is that of each row's first real token [batch];
+    rows with fewer than `window` real tokens go on.
     """
 
     def __init__(self, threshold: float, window: int, first_column: Tensor | None = None):

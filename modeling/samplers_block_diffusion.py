@@ -189,7 +189,7 @@ class EntropyBoundSampler(Sampler):
 
     def reveal(self, candidates: Tensor, confidence: Tensor) -> Tensor:
         entropy, order = (-confidence).sort(dim=-1, stable=True)
-        # In ascending order the sum less the largest is the sum of those before; what is no candidate stands last.
+        # In ascending order the sum less the largest is the sum of those before; what is no candidate comes last.
         before = torch.nn.functional.pad(entropy.cumsum(-1)[:, :-1], (1, 0))
         return torch.zeros_like(candidates).scatter(-1, order, before <= self.entropy_bound) & candidates
 

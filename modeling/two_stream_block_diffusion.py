@@ -20,6 +20,12 @@ from .attention_block_diffusion import block_diffusion_mask, block_starts, plain
 NUM_WIDTHS = 32
 
 
+def check_shape(name: str, value: Tensor | None, other: str, shape: torch.Size) -> None:
+    """Raises a ValueError where a tensor is given of another shape than that of another argument."""
+    if value is not None and value.shape != shape:
+        raise ValueError(f"`{name}` must be of the shape of `{other}`, {list(shape)}, but got {list(value.shape)}.")
+
+
 def positions_and_blocks(config, shape: torch.Size, device: torch.device, text: tuple) -> tuple[Tensor, Tensor]:
     """
     Positions and block ids of whole rows of `shape` [batch, length], each [1, length] where all rows are alike.
@@ -81,12 +87,8 @@ class TextBlocks:
         Reads a batch as the model's `forward` takes it with `labels`; all arguments are [batch, length]. Raises a
         ValueError for other shapes, padding between real tokens, and a mask token among those to be predicted.
         """
-        for name, value in (("labels", labels), ("attention_mask", attention_mask)):
-            if value is not None and value.shape != input_ids.shape:
-                raise ValueError(
-                    f"`{name}` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
-                    f"{list(value.shape)}."
-                )
+        check_shape("labels", labels, "input_ids", input_ids.shape)
+        check_shape("attention_mask", attention_mask, "input_ids", input_ids.shape)
         (batch_size, length), has_values = input_ids.shape, input_ids.device.type != "meta"
         text = (attention_mask, position_ids, document_ids)
         position_ids, block_ids = positions_and_blocks(config, input_ids.shape, input_ids.device, text)
@@ -95,10 +97,8 @@ class TextBlocks:
             real = attention_mask != 0
             predicted = predicted & real
             if has_values and ((real & block_starts(real)).sum(-1) > 1).any():
-                raise ValueError(
-                    "`attention_mask` must have the real tokens of each row next to each other, but got padding "
-                    "between them."
-                )
+                rule = "the real tokens of each row next to each other"
+                raise ValueError(f"`attention_mask` must have {rule}, but got padding between them.")
         if config.ignore_bos:
             predicted = predicted & (position_ids != 0)
         is_mask_token = (labels == config.mask_token_id) | (input_ids == config.mask_token_id)
