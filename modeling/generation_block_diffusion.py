@@ -217,9 +217,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
         gaps = self._check_prompts(input_ids, attention_mask)
         if gaps.any() and not generation_config.infill:
-            raise ValueError(
-                f"`input_ids` must not hold the mask token ({config.mask_token_id}); only `infill=True` fills it in."
-            )
+            fault = f"the mask token ({config.mask_token_id}), which only `infill=True` fills in"
+            raise ValueError(f"`input_ids` must not hold {fault}.")
 
         # 1. Lay the rows out by blocks.
         num_new = generation_config.max_length - input_ids.shape[1]
