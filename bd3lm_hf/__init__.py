@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .kernels import attach
 from .modeling.cache_block_diffusion import CommitCache
 from .modeling.configuration_bd3lm import BD3LMConfig
-from .modeling.generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+from .modeling.generation_block_diffusion import BlockDiffusionGenerationMixin
+from .modeling.generation_config_block_diffusion import BD3LMGenerationConfig
 from .modeling.infilling_block_diffusion import TextInfillingPipeline
 from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMPreTrainedModel
 from .modeling.progress_block_diffusion import EntropyStoppingCriteria

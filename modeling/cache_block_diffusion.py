@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
@@ -14,10 +15,8 @@ class CommitCache(Cache):
     With 0 a denoising pass reads the cache and leaves it as is. With n, the pass over [n clean tokens ; noisy block]
     commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
 
-    Args:
-        cache: a dynamic, static or dynamic sliding cache; others of Transformers' are called the same way. Static
-            sliding layers are refused.
-        num_commit: positions to write at each forward.
+    The `cache` is a dynamic, static or dynamic sliding one; others of Transformers' are called the same way. Static
+    sliding layers are refused. `num_commit` positions are written at each forward.
     """
 
     def __init__(self, cache: Cache, num_commit: int):
@@ -32,21 +31,11 @@ class CommitCache(Cache):
         return self.cache.get_mask_sizes(query_length, layer_idx)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """
-        As `Cache.update`, but that all positions after the first `num_commit` are returned without being kept.
-
-        Args:
-            key_states, value_states: of the incoming positions [batch, heads, length, head_dim].
-            layer_idx: number of the layer.
-            args, kwargs: as the cache takes them.
-
-        Returns:
-            keys and values of the cached and the incoming positions [batch, heads, cached + length, head_dim].
-
-        Raises:
-            ValueError: a layer of the cache is static and sliding.
+        As `Cache.update`, but that all positions after the first `num_commit` are returned without being kept: keys
+        and values [batch, heads, cached + length, head_dim]. Raises a ValueError for layers static and sliding.
         """
         num_transient = key_states.shape[-2] - self.num_commit
         if num_transient <= 0:
@@ -66,17 +55,15 @@ class CommitCache(Cache):
             return states
         if isinstance(layer, WindowLayer) and not self.cache.offloading:
             return layer.read(key_states, value_states, self.num_commit)
+        states = (key_states, value_states)
         is_plain_layer = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
         if self.num_commit == 0 and is_plain_layer and not self.cache.offloading:
-            cached_keys, cached_values = layer.keys, layer.values
+            cached = (layer.keys, layer.values)
         else:
-            cached_keys, cached_values = self.cache.update(
-                key_states[:, :, : self.num_commit], value_states[:, :, : self.num_commit], layer_idx, *args, **kwargs
-            )
-        return (
-            torch.cat([cached_keys, key_states[:, :, self.num_commit :]], dim=-2),
-            torch.cat([cached_values, value_states[:, :, self.num_commit :]], dim=-2),
-        )
+            committed = (part[:, :, : self.num_commit] for part in states)
+            cached = self.cache.update(*committed, layer_idx, *args, **kwargs)
+        transient = (part[:, :, self.num_commit :] for part in states)
+        return tuple(torch.cat(parts, dim=-2) for parts in zip(cached, transient))
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
@@ -105,14 +92,10 @@ class WindowLayer(DynamicSlidingWindowLayer):
         """Keeps at least so many positions from now on."""
         self.sliding_window = max(self.sliding_window, window + 1)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.read(key_states, value_states, key_states.shape[-2])
 
-    def read(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, num_commit: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, key_states: Tensor, value_states: Tensor, num_commit: int) -> tuple[Tensor, Tensor]:
         """Everything held, then all positions given [batch, heads, length, head_dim], of which the first are kept."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -132,11 +115,11 @@ class _Buffer:
     """Memory for the keys or the values of a [`WindowLayer`], and which part of it the layer holds."""
 
     def __init__(self):
-        self.memory: torch.Tensor | None = None
-        self.held: torch.Tensor | None = None
+        self.memory: Tensor | None = None
+        self.held: Tensor | None = None
         self.start = 0
 
-    def extended(self, held: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def extended(self, held: Tensor, states: Tensor) -> Tensor:
         """`held`, then `states` [batch, heads, length, head_dim]: in place where `held` lies in a buffer with room."""
         if torch.is_grad_enabled():
             # What is kept for a gradient must not be overwritten.
@@ -162,7 +145,7 @@ class _Buffer:
         memory[:, :, self.start + num_held : self.start + length] = states
         return memory[:, :, self.start : self.start + length]
 
-    def keep(self, states: torch.Tensor, kept: slice) -> torch.Tensor:
+    def keep(self, states: Tensor, kept: slice) -> Tensor:
         """The part of what `extended` returned that the layer holds from now on."""
         self.start += kept.start
         self.held = states[:, :, kept]

@@ -28,8 +28,7 @@ class BD3LMConfig(PreTrainedConfig):
         num_hidden_layers: number of transformer layers.
         num_attention_heads: attention heads per layer; divides `hidden_size` into heads of an even size.
         intermediate_size: width of the MLP; `None` means 4 x `hidden_size`.
-        max_position_embeddings: context length in tokens. A longer text is read through a window that slides by
-            blocks.
+        max_position_embeddings: context length in tokens; longer text is read through a window of whole blocks.
         block_size: tokens denoised together. 1 is an autoregressive model, `max_position_embeddings` masked diffusion.
         hidden_dropout: dropout probability of both residual branches.
         cond_dim: width of the noise level's embedding.
@@ -102,10 +101,8 @@ class BD3LMConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BD3LMConfig":
         """
-        As `PreTrainedConfig.from_dict`, the arguments being checked like those of the constructor.
-
-        Raises:
-            ValueError: `block_size` is another than the checkpoint was trained for, or a field breaks its rule.
+        As `PreTrainedConfig.from_dict`, the arguments being checked like those of the constructor. Raises a ValueError
+        for another `block_size` than the checkpoint was trained for, and for a field that breaks its rule.
         """
         wanted = kwargs.pop("block_size", None)
         result = super().from_dict(config_dict, **kwargs)
@@ -177,41 +174,29 @@ class BD3LMConfig(PreTrainedConfig):
         for field in sizes:
             value = getattr(self, field)
             self._require(isinstance(value, int) and value is not True and value >= 1, field, "an integer >= 1")
-        self._require(
-            self.hidden_size % self.num_attention_heads == 0,
-            "num_attention_heads",
-            f"a divisor of `hidden_size` ({self.hidden_size})",
-        )
+        divides = self.hidden_size % self.num_attention_heads == 0
+        self._require(divides, "num_attention_heads", f"a divisor of `hidden_size` ({self.hidden_size})")
         if self.head_dim % 2:
             raise ValueError(
                 "`hidden_size` / `num_attention_heads` must be even for the rotary embedding, but got "
                 f"{self.hidden_size} / {self.num_attention_heads} = {self.head_dim}."
             )
-        self._require(
-            self.block_size <= self.max_position_embeddings,
-            "block_size",
-            f"at most `max_position_embeddings` ({self.max_position_embeddings})",
-        )
+        longest = self.max_position_embeddings
+        self._require(self.block_size <= longest, "block_size", f"at most `max_position_embeddings` ({longest})")
 
     def _validate_choices(self) -> None:
         self._require(0 <= self.hidden_dropout < 1, "hidden_dropout", "a probability in [0, 1)")
-        self._require(
-            0 <= self.mask_token_id < self.vocab_size,
-            "mask_token_id",
-            f"an id inside the vocabulary, 0 <= id < {self.vocab_size}",
-        )
-        self._require(
-            self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
-        )
+        rule = f"an id inside the vocabulary, 0 <= id < {self.vocab_size}"
+        self._require(0 <= self.mask_token_id < self.vocab_size, "mask_token_id", rule)
+        rule = f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
+        self._require(self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", rule)
         validate_noise_interval(self.noise_interval)
 
 
 def validate_noise_interval(noise_interval: tuple[float, float]) -> None:
     """
-    Checks 0 <= beta <= omega <= 1 and omega > 0; beta = omega fixes t, which makes block size 1 autoregressive.
-
-    Raises:
-        ValueError: the interval breaks that rule.
+    Raises a ValueError unless 0 <= beta <= omega <= 1 and omega > 0 hold of the `noise_interval`. beta = omega fixes
+    t, which makes block size 1 autoregressive.
     """
     if len(noise_interval) != 2 or not 0 <= noise_interval[0] <= noise_interval[1] <= 1 or noise_interval[1] == 0:
         raise ValueError(

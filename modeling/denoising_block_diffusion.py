@@ -1,8 +1,10 @@
 """Denoising the blocks of a text one after the other: the passes over the network, and a record of what they gave."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList
 
 from .attention_block_diffusion import PADDING_BLOCK, block_diffusion_mask, token_block_ids
@@ -18,15 +20,8 @@ from .two_stream_block_diffusion import flagged_first
 
 class GenerationRecord:
     """
-    What is noted of each generated token, as far as `generate` was asked for it.
-
-    Attributes:
-        num_forward_passes: forwards in which each row had masked tokens [batch].
-        scores, logits: those that each new token was drawn from, after and before the processors [new tokens, batch,
-            vocab]; or None.
-        reveal_steps: which of the row's forwards revealed each token, 0 for given ones, of the shape of the text; or
-            None.
-        token_probabilities: the model's probability of each token then, NaN for given ones; or None.
+    What [`BD3LMGenerateOutput`] says of each token, as far as `generate` was asked for it: `scores` and `logits` [new
+    tokens, batch, vocab], `reveal_steps` and `token_probabilities` [batch, columns].
     """
 
     def __init__(self, canvas: Canvas, generation_config: GenerationConfig, vocab_size: int):
@@ -45,7 +40,7 @@ class GenerationRecord:
             self.reveal_steps = torch.zeros_like(canvas.tokens)
             self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
 
-    def note_prediction(self, prediction: Prediction, candidates: torch.Tensor, columns: torch.Tensor) -> None:
+    def note_prediction(self, prediction: Prediction, candidates: Tensor, columns: Tensor) -> None:
         """Counts a forward, and keeps what it gave for the `candidates`, bool [batch, block_size], at `columns`."""
         self.num_forward_passes += candidates.any(-1)
         if self.scores is None and self.logits is None:
@@ -56,28 +51,41 @@ class GenerationRecord:
             if kept is not None:
                 kept[index[is_new], row[is_new]] = values[is_new]
 
-    def note_reveal(self, prediction: Prediction, revealed: torch.Tensor, columns: torch.Tensor) -> None:
+    def note_reveal(self, prediction: Prediction, revealed: Tensor, columns: Tensor) -> None:
         """Notes the row's forward and the probability of each `revealed` token, bool [batch, block_size]."""
         if self.reveal_steps is None:
             return
-        for record, values in (
-            (self.reveal_steps, self.num_forward_passes[:, None].expand(columns.shape)),
-            (self.token_probabilities, prediction.probability),
-        ):
+        steps = self.num_forward_passes[:, None].expand(columns.shape)
+        for record, values in ((self.reveal_steps, steps), (self.token_probabilities, prediction.probability)):
             record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
+
+    def of_sequences(self, progress: RowProgress, length: int) -> dict[str, Any]:
+        """The fields of the output, cut to the `length` of the sequences that are returned."""
+        fields = {"num_forward_passes": self.num_forward_passes}
+        fields["tokens_per_forward"] = progress.num_generated / self.num_forward_passes.clamp(min=1)
+        for name in ("scores", "logits"):
+            if (record := getattr(self, name)) is not None:
+                fields[name] = record[: length - self.prompt_width].unbind(0)
+        for name, empty in (("reveal_steps", 0), ("token_probabilities", torch.nan)):
+            if (record := getattr(self, name)) is not None:
+                fields[name] = progress.without_padding(record, empty)[:, :length]
+        return fields
+
+
+@dataclass
+class BlockTask:
+    """One block of every row: its columns in the text and which of them to fill, both [batch, block_size]."""
+
+    columns: Tensor
+    to_fill: Tensor
+    sampler: Sampler
+    noise: BlockNoise
 
 
 class Denoiser:
     """
-    Denoises the blocks of a canvas: calls the model, keeps its cache, and asks the sampler.
-
-    Args:
-        model: a block diffusion language model; its `forward` is all that is known of it.
-        canvas: the text.
-        generation_config: a `BD3LMGenerationConfig`.
-        logits_processor: what changes the scores before tokens are drawn.
-        cache: None computes the text before a block anew at each forward.
-        guidance: classifier-free guidance, or None.
+    Denoises the blocks of a canvas: calls the model, of which no more than `forward` is known, keeps its cache, and
+    asks the sampler. Without a cache the text before a block is computed anew at each forward.
     """
 
     def __init__(
@@ -107,20 +115,20 @@ class Denoiser:
             window = config.window_in_blocks * config.block_size
             self.text = match_cache(cache, prefix, length, config.block_size, window, canvas.num_stages)
             cache.clean_text = self.text
-        self._prepared: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._prepared: tuple[tuple[int, int] | None, dict[str, Tensor]] = (None, {})
 
     def denoise_block(self, stage: int, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row."""
         canvas = self.canvas
-        sampler = self.generation_config.make_sampler(canvas.block_size, self.config.noise_schedule)
         columns = canvas.columns(stage)
         block = canvas.tokens.gather(1, columns)
-        generated = canvas.to_fill.gather(1, columns) & progress.unfinished[:, None]
+        masked = canvas.to_fill.gather(1, columns) & progress.unfinished[:, None]
+        sampler = self.generation_config.make_sampler(canvas.block_size, self.config.noise_schedule)
         noise = BlockNoise(self.seeds, canvas.block_numbers(stage), block.shape, block.device)
-        masked = generated
+        task = BlockTask(columns, masked, sampler, noise)
         sampler.start(masked, noise)
         while not sampler.is_finished(masked):
-            block, masked = self.step(block, masked, generated, columns, sampler, noise)
+            block, masked = self.step(task, block, masked)
             if not sampler.may_remask:
                 # An EOS that stays ends its row.
                 masked = progress.drop_after_eos(block, columns, masked)
@@ -128,30 +136,22 @@ class Denoiser:
             self._show(block, columns, progress.streamer)
         self.predictor.check()
 
-    def step(
-        self,
-        block: torch.Tensor,
-        masked: torch.Tensor,
-        generated: torch.Tensor,
-        columns: torch.Tensor,
-        sampler: Sampler,
-        noise: BlockNoise,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        One denoising step, of at most one forward: `block` (ids) and `masked` after it.
-
-        Everything is [batch, block_size]: of the ids, which are `masked`, which are to be `generated`, and the
-        `columns` of the text where they lie. `sampler` and `noise` are those of the block.
-        """
-        candidates, known = sampler.candidates(masked), generated & ~masked
+    def step(self, task: BlockTask, block: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """One denoising step of at most one forward: the ids `block` and which are `masked` [batch, block_size]."""
+        sampler = task.sampler
+        candidates, known = sampler.candidates(masked), task.to_fill & ~masked
         revealed = candidates
         # Drawn at every step: another row may be the reason that there is a forward.
-        uniform = noise.uniform()
+        uniform = task.noise.uniform()
         if not sampler.may_pause or candidates.any():
-            prediction = self.predict(block, masked, candidates, columns, sampler, uniform)
+            logits = self._logits(task, block, masked, candidates)
+            kinds = (sampler.confidence, None if self.record.reveal_steps is None else "probability")
+            context = self.canvas.context()
+            prediction = self.predictor.predict(logits, candidates, task.columns, context, uniform, kinds)
+            self.record.note_prediction(prediction, candidates, task.columns)
             revealed = sampler.reveal(candidates, prediction.confidence)
             block = torch.where(revealed, prediction.tokens, block)
-            self.record.note_reveal(prediction, revealed, columns)
+            self.record.note_reveal(prediction, revealed, task.columns)
         masked = masked & ~revealed
         remasked = sampler.remask(known)
         if sampler.may_remask:
@@ -159,67 +159,41 @@ class Denoiser:
             block = block.masked_fill(remasked, self.config.mask_token_id)
         return block, masked
 
-    def predict(
-        self,
-        block: torch.Tensor,
-        masked: torch.Tensor,
-        candidates: torch.Tensor,
-        columns: torch.Tensor,
-        sampler: Sampler,
-        uniform: torch.Tensor,
-    ) -> Prediction:
-        """One forward and what it predicts for the `candidates`; see [`step`] and [`TokenPredictor.predict`]."""
-        canvas, sigma = self.canvas, None
-        if self.config.time_conditioning:
-            sigma = sigma_from_mask_probability(sampler.mask_probability(masked))
-        logits = self._logits(block, columns, candidates, sigma)
-        is_padding = torch.arange(canvas.tokens.shape[1], device=block.device) < canvas.first_column[:, None]
-        text = (candidates, columns, canvas.tokens, is_padding)
-        needs = (sampler.confidence, self.record.reveal_steps is not None)
-        prediction = self.predictor.predict(logits, *text, *needs, uniform)
-        self.record.note_prediction(prediction, candidates, columns)
-        return prediction
-
     def append_block(self, stage: int) -> None:
         """Hands the finished block, as it is in the text, to the next forward, which commits it."""
         columns = self.canvas.columns(stage)
         self.text.append(*self._as_read(self.canvas.tokens.gather(1, columns), columns))
 
-    def _as_read(self, block: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _as_read(self, block: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """The block in each of the network's rows: ids [rows, block_size], and which are real, None if all are."""
         if self.guidance is None:
             return block, None
         return self.guidance.with_unconditional_blocks(block, columns - self.canvas.prompt_width)
 
-    def _logits(
-        self, block: torch.Tensor, columns: torch.Tensor, candidates: torch.Tensor, sigma: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _logits(self, task: BlockTask, block: Tensor, masked: Tensor, candidates: Tensor) -> Tensor:
         """Logits of the candidates [num_candidates, vocab], float32; commits the clean tokens that are not cached."""
-        block, is_real = self._as_read(block, columns)
-        clean = self.text.pending
-        num_clean = clean.shape[1]
-        num_rows = block.shape[0] // candidates.shape[0]
+        clean, num_prompts = self.text.pending, len(block)
+        block, is_real = self._as_read(block, task.columns)
+        num_clean, num_copies = clean.shape[1], len(block) // num_prompts
         kept, is_candidate = flagged_first(candidates)
         inputs = self._positions_and_mask(block, is_real)
-        if sigma is not None:
-            sigma = sigma.repeat(num_rows)[:, None].expand(block.shape)
+        if self.config.time_conditioning:
+            sigma = sigma_from_mask_probability(task.sampler.mask_probability(masked))
+            sigma = sigma.repeat(num_copies)[:, None].expand(block.shape)
             inputs["timesteps"] = torch.cat([sigma.new_zeros(clean.shape), sigma], dim=1)
-        outputs = self.model(
-            input_ids=torch.cat([clean, block], dim=1),
-            cache=None if self.cache is None else CommitCache(self.cache, num_clean),
-            logits_to_keep=num_clean + kept.repeat(num_rows, 1),
-            **inputs,
-        )
+        inputs["cache"] = None if self.cache is None else CommitCache(self.cache, num_clean)
+        inputs["logits_to_keep"] = num_clean + kept.repeat(num_copies, 1)
+        outputs = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs)
         if self.cache is not None:
             self.text.num_cached = self.text.num_columns
-        logits = outputs.logits[is_candidate.repeat(num_rows, 1)].float()
+        logits = outputs.logits[is_candidate.repeat(num_copies, 1)].float()
         return logits if self.guidance is None else self.guidance.combine(logits)
 
-    def _positions_and_mask(self, block: torch.Tensor, is_real: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _positions_and_mask(self, block: Tensor, is_real: Tensor | None) -> dict[str, Tensor]:
         """Positions and mask of the clean tokens that are not cached and of the block; kept while the same."""
         text, config = self.text, self.config
         key = (text.num_columns, text.num_cached)
-        if self._prepared is not None and self._prepared[0] == key:
+        if self._prepared[0] == key:
             return dict(self._prepared[1])
         positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
         if text.is_plain and is_real is None:
@@ -232,18 +206,13 @@ class Denoiser:
             # A static cache has more columns than there are tokens.
             num_empty = first_key + num_keys - block_ids.shape[1]
             key_blocks = torch.nn.functional.pad(block_ids[:, first_key:], (0, num_empty), value=PADDING_BLOCK)
-        mask = block_diffusion_mask(
-            block_ids[:, -num_queries:],
-            key_blocks,
-            config.window_in_blocks,
-            config._attn_implementation,
-            self.model.dtype,
-        )
+        kind = (config.window_in_blocks, config._attn_implementation, self.model.dtype)
+        mask = block_diffusion_mask(block_ids[:, -num_queries:], key_blocks, *kind)
         inputs = {"position_ids": positions[:, -num_queries:].clamp(min=0), "attention_mask": mask}
         self._prepared = (key, inputs)
         return dict(inputs)
 
-    def _show(self, block: torch.Tensor, columns: torch.Tensor, streamer: Any) -> None:
+    def _show(self, block: Tensor, columns: Tensor, streamer: Any) -> None:
         """Gives a streamer that takes them the tokens of an unfinished block."""
         canvas, record = self.canvas, self.record
         if hasattr(streamer, "put_draft"):

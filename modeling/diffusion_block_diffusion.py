@@ -1,10 +1,12 @@
 """The mathematics of block diffusion: noise schedules, the forward process q(x_t | x_0), the SUBS rules."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .configuration_bd3lm import validate_noise_interval
 
@@ -17,24 +19,20 @@ FULL_NOISE_INTERVAL = (1e-3, 1.0)
 @dataclass(frozen=True)
 class NoiseSchedule:
     """
-    How likely a token is masked at time t, and the weight that makes the weighted loss a bound.
+    How likely a token is masked at time t in [0, 1], and the weight that makes the weighted loss a bound.
 
-    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), p(t) = 1 - alpha_t
-    and w(t) = -alpha'_t / (1 - alpha_t). t is in [0, 1], p is a probability, w is 1 / (unit of t).
-
-    Attributes:
-        probability: p of t, any shape.
-        weight: w of t and p(t), any shape.
+    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), `probability` gives
+    p(t) = 1 - alpha_t, and `weight` of t and p(t) gives w(t) = -alpha'_t / (1 - alpha_t).
     """
 
-    probability: Callable[[torch.Tensor], torch.Tensor]
-    weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    probability: Callable[[Tensor], Tensor]
+    weight: Callable[[Tensor, Tensor], Tensor]
 
-    def mask_probability(self, t: torch.Tensor) -> torch.Tensor:
+    def mask_probability(self, t: Tensor) -> Tensor:
         """p(t), for times `t` in [0, 1] of any shape [...]: probabilities [...]."""
         return self.probability(t)
 
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+    def loss_weight(self, t: Tensor) -> Tensor:
         """w(t), for times `t` in (0, 1] of any shape [...]: weights [...], in 1 / (unit of t)."""
         return self.weight(t, self.probability(t))
 
@@ -53,9 +51,15 @@ NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
 }
 
 
-def sigma_from_mask_probability(mask_probability: torch.Tensor) -> torch.Tensor:
+def sigma_from_mask_probability(mask_probability: Tensor) -> Tensor:
     """sigma = -log(1 - p), the noise level that conditions the network, capped at -log(eps); any shape."""
     return -torch.log1p(-mask_probability).clamp(min=math.log(SCHEDULE_EPSILON))
+
+
+def generator_of(text: str) -> torch.Generator:
+    """A generator seeded by a hash of the text: 32 bits, all that torch's CPU generator reads of a seed."""
+    digest = hashlib.blake2b(text.encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def sample_timesteps(
@@ -65,9 +69,9 @@ def sample_timesteps(
     antithetic: bool = True,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """
-    Draws the time t of every block from U[beta, omega] (arXiv 2503.09573, Sec. 5).
+    Draws the time t of every block from U[beta, omega] (arXiv 2503.09573, Sec. 5): [batch_size, num_blocks], float32.
 
     Antithetic draws put one t into each of `batch_size * num_blocks` strata of equal width. The strata are dealt to
     the blocks in random order, so that each block's t is uniform whatever its row and its place in the row.
@@ -79,9 +83,6 @@ def sample_timesteps(
         antithetic: stratify the draws; otherwise they are independent.
         generator: where the random numbers come from, of any device; by default torch's global generator.
         device: where t is wanted.
-
-    Returns:
-        t of shape [batch_size, num_blocks], float32.
 
     Raises:
         ValueError: `noise_interval` is no interval in [0, 1].
@@ -99,15 +100,15 @@ def sample_timesteps(
 
 
 def forward_process(
-    x_0: torch.Tensor,
-    mask_probability: torch.Tensor,
+    x_0: Tensor,
+    mask_probability: Tensor,
     mask_token_id: int,
-    maskable: torch.Tensor | None = None,
+    maskable: Tensor | None = None,
     generator: torch.Generator | None = None,
-    uniform: torch.Tensor | None = None,
-) -> torch.Tensor:
+    uniform: Tensor | None = None,
+) -> Tensor:
     """
-    Draws x_t ~ q(x_t | x_0): each token becomes the mask token independently with its probability.
+    Draws x_t ~ q(x_t | x_0) [batch, length]: each token becomes the mask token independently with its probability.
 
     Args:
         x_0: clean ids [batch, length].
@@ -116,9 +117,6 @@ def forward_process(
         maskable: bool [batch, length]; where False the token stays.
         generator: where the random numbers come from, of any device; by default torch's global generator.
         uniform: the random numbers themselves, in [0, 1) [batch, length].
-
-    Returns:
-        x_t [batch, length].
     """
     if uniform is None:
         drawn_on = x_0.device if generator is None else generator.device
@@ -129,18 +127,11 @@ def forward_process(
     return torch.where(masked, mask_token_id, x_0)
 
 
-def subs_log_probs(logits: torch.Tensor, x_t: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+def subs_log_probs(logits: Tensor, x_t: Tensor, mask_token_id: int) -> Tensor:
     """
-    log x_theta under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3): the mask token has probability 0, and a revealed
-    token stays as it is.
-
-    Args:
-        logits: raw scores [batch, length, vocab].
-        x_t: noised ids [batch, length].
-        mask_token_id: id of the mask token.
-
-    Returns:
-        log-probabilities, in nats [batch, length, vocab], float32.
+    log x_theta under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3), in nats [batch, length, vocab], float32: the mask
+    token (`mask_token_id`) has probability 0, and a revealed token stays as it is. `logits` are the raw scores [batch,
+    length, vocab] of the noised ids `x_t` [batch, length].
     """
     logits = logits.float()
     is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id

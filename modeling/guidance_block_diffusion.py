@@ -1,6 +1,7 @@
 """Classifier-free guidance: away from what the model would write after a negative prompt."""
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor
 
 
@@ -10,35 +11,29 @@ class Guidance(LogitsProcessor):
     `scale * conditional + (1 - scale) * unconditional` (arXiv 2306.17806; up to a constant this is the same of
     log-probabilities).
 
-    Both are rows of one forward. New tokens have the same place within their blocks behind either prompt, so the
+    Both are rows of one forward. New tokens have the same place within their blocks after either prompt, so the
     blocks of a negative prompt are counted from its end, and its first block may be short.
 
-    Args:
-        scale: 1 is no guidance.
-        negative_ids: left-padded negative prompts [batch, width], -1 at padding; by default the last token of each
-            prompt.
+    `negative_ids` are left-padded negative prompts [batch, width], -1 at padding; by default the last token of each
+    prompt. A `scale` of 1 is no guidance.
     """
 
-    def __init__(self, scale: float, negative_ids: torch.Tensor | None = None):
+    def __init__(self, scale: float, negative_ids: Tensor | None = None):
         self.scale = scale
         self.negative_ids = negative_ids
 
-    def of_batch(self, input_ids: torch.Tensor, num_return_sequences: int = 1) -> "Guidance":
+    def of_batch(self, input_ids: Tensor, num_return_sequences: int = 1) -> "Guidance":
         """
-        With a negative prompt for each row of `input_ids` [batch, length], whose prompts are repeated.
-
-        Raises:
-            ValueError: there is neither one negative prompt nor one for each prompt.
+        With a negative prompt for each row of `input_ids` [batch, length], in which prompts are repeated; raises a
+        ValueError if there is neither one negative prompt nor one for each prompt.
         """
         if self.negative_ids is None:
             return Guidance(self.scale, input_ids[:, -1:])
         num_rows, num_negative = input_ids.shape[0], self.negative_ids.shape[0]
         num_prompts = num_rows // num_return_sequences
         if num_negative not in (1, num_prompts):
-            raise ValueError(
-                f"`negative_prompt_ids` must have one row, or one for each of the {num_prompts} prompts, but got "
-                f"{num_negative}."
-            )
+            rule = f"one row, or one for each of the {num_prompts} prompts"
+            raise ValueError(f"`negative_prompt_ids` must have {rule}, but got {num_negative}.")
         negative_ids = self.negative_ids.to(input_ids.device).repeat_interleave(num_rows // num_negative, dim=0)
         return Guidance(self.scale, negative_ids)
 
@@ -47,18 +42,11 @@ class Guidance(LogitsProcessor):
         return scores
 
     def with_unconditional_rows(
-        self, prefix: torch.Tensor, num_clean: torch.Tensor, prompt_length: torch.Tensor, block_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, prefix: Tensor, num_clean: Tensor, prompt_length: Tensor, block_size: int
+    ) -> tuple[Tensor, Tensor]:
         """
-        Appends to the batch one row for each negative prompt.
-
-        Args:
-            prefix: the id at each position of the prompts [batch, width].
-            num_clean: positions in the whole blocks of each prompt [batch].
-            prompt_length: tokens of each prompt [batch].
-
-        Returns:
-            (id at each position, -1 where there is no token [2 batch, width], positions in whole blocks [2 batch]).
+        The id at each position of the prompts [batch, width], and how many of these their whole blocks hold [batch],
+        followed by the same of the negative prompts: [2 batch, width], -1 where there is no token, and [2 batch].
         """
         num_in_last = prompt_length - num_clean
         num_negative = (self.negative_ids >= 0).sum(-1)
@@ -73,18 +61,11 @@ class Guidance(LogitsProcessor):
         prefix = torch.nn.functional.pad(prefix, (0, width - prefix.shape[1]), value=-1)
         return torch.cat([prefix, negative.masked_fill(~is_real, -1)]), torch.cat([num_clean, length])
 
-    def with_unconditional_blocks(
-        self, block: torch.Tensor, new_index: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def with_unconditional_blocks(self, block: Tensor, new_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """
-        Appends each row's block as it stands behind the negative prompt.
-
-        Args:
-            block: ids [batch, block_size].
-            new_index: index of each among the new tokens, negative for those of the prompt [batch, block_size].
-
-        Returns:
-            (ids [2 batch, block_size], which of them there are, bool [2 batch, block_size], None if all are).
+        The ids of the blocks after the prompts [batch, block_size], then of those after the negative prompts, and
+        which of them there are, None if all are, both [2 batch, block_size]. `new_index` counts each token among the
+        new ones and is negative in the prompt.
         """
         is_prompt = new_index < 0
         if not is_prompt.any():
@@ -96,7 +77,7 @@ class Guidance(LogitsProcessor):
         both = torch.cat([block, unconditional])
         return both.clamp(min=0), torch.cat([torch.ones_like(is_prompt), unconditional >= 0])
 
-    def combine(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of all candidates behind the prompts, then behind the negative prompts [2 n, vocab] -> [n, vocab]."""
+    def combine(self, logits: Tensor) -> Tensor:
+        """Logits of all candidates after the prompts, then after the negative prompts [2 n, vocab] -> [n, vocab]."""
         conditional, unconditional = logits.chunk(2)
         return torch.lerp(unconditional, conditional, self.scale)

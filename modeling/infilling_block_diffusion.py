@@ -6,30 +6,19 @@ import os.path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Pipeline
 
-from .generation_block_diffusion import BD3LMGenerationConfig
+from .generation_config_block_diffusion import BD3LMGenerationConfig
 
 
 TEXT_INFILLING = "text-infilling"
 # What Transformers reads in config.json, for `pipeline(TEXT_INFILLING, model=..., trust_remote_code=True)`.
-CUSTOM_PIPELINES = {
-    TEXT_INFILLING: {
-        "impl": f"{__name__.split('.')[-1]}.TextInfillingPipeline",
-        "pt": ["AutoModelForMaskedLM"],
-        "type": "text",
-    }
-}
+IMPLEMENTATION = f"{__name__.split('.')[-1]}.TextInfillingPipeline"
+CUSTOM_PIPELINES = {TEXT_INFILLING: {"impl": IMPLEMENTATION, "pt": ["AutoModelForMaskedLM"], "type": "text"}}
 # Arguments of `generate` that infilling decides on by itself.
-FIXED_ARGUMENTS = (
-    "infill",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "min_new_tokens",
-    "output_reveal",
-    "return_dict_in_generate",
-)
+LENGTH_ARGUMENTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+FIXED_ARGUMENTS = ("infill", *LENGTH_ARGUMENTS, "output_reveal", "return_dict_in_generate")
 
 
 class TextInfillingPipeline(Pipeline):
@@ -45,13 +34,8 @@ class TextInfillingPipeline(Pipeline):
     fill("def main(...):\\n    return ...", placeholder="...", gap_length=[2, 5], sampler="confidence")
     ```
 
-    Args:
-        model, tokenizer: a block diffusion language model; its tokenizer, with its mask token.
-        placeholder, gap_length: defaults for the calls.
-        args, kwargs: arguments of `Pipeline`, and of `generate` as defaults for the calls.
-
-    Raises:
-        ValueError: another kind of model; a tokenizer without the model's mask token.
+    `args` and `kwargs` are those of `Pipeline`, and as defaults those of the calls. Raises a ValueError for another
+    kind of model, and for a tokenizer without the model's mask token.
     """
 
     _load_tokenizer = True
@@ -61,18 +45,15 @@ class TextInfillingPipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        config = self.model.config
+        kind, wanted = type(self.model).__name__, self.model.config.mask_token_id
         # Remote code is imported once for the model and once for its pipeline, so that their classes differ.
-        if not hasattr(config, "noise_interval"):
-            raise ValueError(
-                f"`model` must be a block diffusion language model, but got a {type(self.model).__name__}."
-            )
+        if not hasattr(self.model, "token_nats"):
+            raise ValueError(f"`model` must be a block diffusion language model, but got a {kind}.")
         mask_token_id = None if self.tokenizer is None else self.tokenizer.mask_token_id
-        if mask_token_id != config.mask_token_id:
+        if mask_token_id != wanted:
             raise ValueError(
-                f"`tokenizer` must have the model's mask token, of id {config.mask_token_id}, but that of its own is "
-                f"{mask_token_id}; `tokenizer.add_special_tokens({{'mask_token': '[MASK]'}})` adds one after the "
-                "others."
+                f"`tokenizer` must have the model's mask token, of id {wanted}, but got one of id {mask_token_id}; "
+                "`tokenizer.add_special_tokens({'mask_token': '[MASK]'})` adds one after the others."
             )
         # As `generate` has it.
         self.tokenizer.padding_side = "left"
@@ -115,13 +96,11 @@ class TextInfillingPipeline(Pipeline):
 
     def preprocess(
         self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Tensor]:
         """
         `input_ids` and `attention_mask` [1, length] of one text, its gaps masked and BOS in front as in training, and
-        `num_added` [1], 1 if BOS was not there. `inputs`, `placeholder` and `gap_length` are those of `__call__`.
-
-        Raises:
-            ValueError: no text, no gap in it, lengths that don't fit, a tokenizer that splits the mask token.
+        `num_added` [1], 1 if BOS was not there. `inputs`, `placeholder` and `gap_length`, and the ValueError, are
+        those of `__call__`.
         """
         text = inputs
         if isinstance(inputs, dict):
@@ -156,16 +135,17 @@ class TextInfillingPipeline(Pipeline):
                 f"`inputs` must mark gaps by the `placeholder` {marker!r} alone, but got a text that holds "
                 f"{mask_token!r} as well: {text[:80]!r}"
             )
-        lengths = gap_length if isinstance(gap_length, (list, tuple)) else [gap_length] * (len(parts) - 1)
-        if len(lengths) != len(parts) - 1 or not all(type(length) is int and length >= 1 for length in lengths):
+        num_gaps = len(parts) - 1
+        lengths = gap_length if isinstance(gap_length, (list, tuple)) else [gap_length] * num_gaps
+        if len(lengths) != num_gaps or not all(type(length) is int and length >= 1 for length in lengths):
             raise ValueError(
-                f"`gap_length` must be an integer >= 1, or a list of one for each of the {len(parts) - 1} marks in "
-                f"the text, but got {gap_length!r}."
+                f"`gap_length` must be an integer >= 1, or a list of one for each of the {num_gaps} marks in the "
+                f"text, but got {gap_length!r}."
             )
         gaps = [mask_token * length for length in lengths]
         return "".join(itertools.chain.from_iterable(zip(parts, [*gaps, ""]))), sum(lengths)
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
+    def _forward(self, model_inputs: dict[str, Tensor], **generate_kwargs: Any) -> dict[str, Tensor]:
         # As in the pipelines of Transformers, a configuration that a call is given takes the place of the defaults.
         if generate_kwargs.get("generation_config") is None:
             generate_kwargs = {**self.generate_defaults, **generate_kwargs}
@@ -175,29 +155,27 @@ class TextInfillingPipeline(Pipeline):
                 "'text-generation' continues texts."
             )
         config = generate_kwargs.pop("generation_config", None)
-        configs = [self.model.generation_config] if config is None else [config, self.model.generation_config]
-        fixed = {"infill": True, "output_reveal": True, "return_dict_in_generate": True}
-        defaults = {
-            "suppress_tokens": sorted(set(self.tokenizer.all_special_ids)),
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        for name, value in defaults.items():
-            if all(given.get(name) is None for given in (generate_kwargs, *map(vars, configs))):
-                fixed[name] = value
+        special_ids, pad_token_id = sorted(set(self.tokenizer.all_special_ids)), self.tokenizer.pad_token_id
+        defaults = {"suppress_tokens": special_ids, "pad_token_id": pad_token_id}
+        places = [generate_kwargs, vars(self.model.generation_config), {} if config is None else vars(config)]
+        fixed = {name: value for name, value in defaults.items() if all(place.get(name) is None for place in places)}
+        fixed |= {"infill": True, "output_reveal": True, "return_dict_in_generate": True}
         if config is None:
             generate_kwargs.update(fixed)
         else:
-            generate_kwargs["generation_config"] = copy.deepcopy(BD3LMGenerationConfig.from_generation_config(config))
-            generate_kwargs["generation_config"].update(**fixed)
+            config = copy.deepcopy(BD3LMGenerationConfig.from_generation_config(config))
+            config.update(**fixed)
+            generate_kwargs["generation_config"] = config
         input_ids, attention_mask = model_inputs["input_ids"], model_inputs["attention_mask"]
         output = self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
-        # The model's own configuration may ask for a continuation.
-        filled = {"sequences": output.sequences, "token_probabilities": output.token_probabilities}
         batch_size, length = input_ids.shape
-        filled = {name: values[:, :length].unflatten(0, (batch_size, -1)) for name, values in filled.items()}
-        return {**model_inputs, **filled}
+        for name in ("sequences", "token_probabilities"):
+            # The model's own configuration may ask for a continuation.
+            filled = output[name][:, :length].unflatten(0, (batch_size, -1))
+            model_inputs = {**model_inputs, name: filled}
+        return model_inputs
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> dict[str, Any] | list[dict[str, Any]]:
+    def postprocess(self, model_outputs: dict[str, Tensor]) -> dict[str, Any] | list[dict[str, Any]]:
         """The filled text and its spans, of one input or each of its `num_return_sequences`."""
         start = int((model_outputs["attention_mask"] == 0).sum() + model_outputs["num_added"])
         is_gap = (model_outputs["input_ids"][0, start:] == self.tokenizer.mask_token_id).tolist()
@@ -205,27 +183,19 @@ class TextInfillingPipeline(Pipeline):
         results = [self._describe(ids.tolist(), is_gap, scores.double()) for ids, scores in filled]
         return results[0] if len(results) == 1 else results
 
-    def _describe(self, ids: list[int], is_gap: list[bool], probabilities: torch.Tensor) -> dict[str, Any]:
+    def _describe(self, ids: list[int], is_gap: list[bool], probabilities: Tensor) -> dict[str, Any]:
         text = self._decode(ids)
         spans, first = [], 0
         for in_gap, run in itertools.groupby(is_gap):
             end = first + len(list(run))
             if in_gap:
                 # A decoded beginning may end in a character of which bytes are missing.
-                start_char, end_char = (
-                    len(os.path.commonprefix([text, self._decode(ids[:index])])) for index in (first, end)
-                )
-                token_scores = probabilities[first:end]
-                spans.append(
-                    {
-                        "start": start_char,
-                        "end": end_char,
-                        "text": text[start_char:end_char],
-                        "score": token_scores.log().mean().exp().item(),
-                        "token_ids": ids[first:end],
-                        "token_scores": token_scores.tolist(),
-                    }
-                )
+                beginnings = (self._decode(ids[:index]) for index in (first, end))
+                start_char, end_char = (len(os.path.commonprefix([text, beginning])) for beginning in beginnings)
+                scores = probabilities[first:end]
+                span = {"start": start_char, "end": end_char, "text": text[start_char:end_char]}
+                span |= {"score": scores.log().mean().exp().item(), "token_ids": ids[first:end]}
+                spans.append(span | {"token_scores": scores.tolist()})
             first = end
         return {"text": text, "spans": spans}
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -13,69 +13,54 @@ CHUNK_NUMEL_ON_CPU = 2**24
 CHUNK_NUMEL = 2**27
 
 
-def token_nats(
-    hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Module, mask_token_id: int
-) -> torch.Tensor:
+def token_nats(hidden_states: Tensor, targets: Tensor, head: nn.Module, mask_token_id: int) -> Tensor:
     """
-    -log x_theta(target) under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3), differentiable.
+    -log x_theta(target) under the SUBS rules (arXiv 2406.07524, Sec. 3.2.3), in nats [num_masked], float32,
+    differentiable.
 
     Args:
         hidden_states: final hidden states of masked tokens [num_masked, hidden].
         targets: their clean ids [num_masked].
         head: from hidden states to logits over the vocabulary.
         mask_token_id: the token of probability 0.
-
-    Returns:
-        nats of each token [num_masked], float32.
     """
     numel = CHUNK_NUMEL_ON_CPU if hidden_states.device.type == "cpu" else CHUNK_NUMEL
     chunk_size = max(1, numel // getattr(head, "out_features", 2**16))
     # A wrapped head (adapted, quantized, offloaded or sharded) has a forward, hooks or a kind of weight of its own.
     is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
     is_plain = is_plain and not head._forward_pre_hooks and not head._forward_hooks
-    # In lower precision torch's own returns nats that are rounded to it.
-    is_float32 = hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type)
     # Under `torch.func`, and on tensors without data, neither torch's own nor a checkpoint has a gradient.
     is_abstract = hidden_states.is_meta or torch._C._are_functorch_transforms_active()
     # A compiler would make torch's own anew for each number of tokens.
     is_traced = is_abstract or torch.compiler.is_compiling()
-    if is_plain and is_float32 and not is_traced and hasattr(nn, "LinearCrossEntropyOptions"):
+    can_fuse = is_plain and not is_traced and hasattr(nn, "LinearCrossEntropyOptions")
+    # In lower precision torch's own returns nats that are rounded to it.
+    if can_fuse and hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type):
         return fused_nats(hidden_states, targets, head, mask_token_id, chunk_size)
-    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size, keep_logits=is_abstract)
+    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size, keep=is_abstract)
 
 
-def fused_nats(
-    hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Linear, mask_token_id: int, chunk_size: int
-) -> torch.Tensor:
+def fused_nats(hidden_states: Tensor, targets: Tensor, head: nn.Linear, mask_token_id: int, chunk_size: int) -> Tensor:
     """[`token_nats`] by torch's `linear_cross_entropy`; the mask token's bias at -inf makes its probability 0."""
     weight = head.weight
     bias = weight.new_zeros(weight.shape[0]) if head.bias is None else head.bias
     is_mask_token = torch.arange(weight.shape[0], device=weight.device) == mask_token_id
-    return nn.functional.linear_cross_entropy(
-        hidden_states,
-        weight,
-        targets,
-        linear_bias=bias.masked_fill(is_mask_token, -torch.inf),
-        reduction="none",
-        options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None),
-    )
+    bias = bias.masked_fill(is_mask_token, -torch.inf)
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
+    arguments = {"linear_bias": bias, "reduction": "none", "options": options}
+    return nn.functional.linear_cross_entropy(hidden_states, weight, targets, **arguments)
 
 
 def chunked_nats(
-    hidden_states: torch.Tensor,
-    targets: torch.Tensor,
-    head: nn.Module,
-    mask_token_id: int,
-    chunk_size: int,
-    keep_logits: bool = False,
-) -> torch.Tensor:
+    hidden_states: Tensor, targets: Tensor, head: nn.Module, mask_token_id: int, chunk_size: int, keep: bool = False
+) -> Tensor:
     """[`token_nats`] in chunks of tokens, whose logits are kept or made again in the backward pass."""
 
-    def nats_of_chunk(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def nats_of_chunk(hidden: Tensor, target: Tensor) -> Tensor:
         logits = head(hidden).float()
         is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
         return nn.functional.cross_entropy(logits.masked_fill(is_mask_token, -torch.inf), target, reduction="none")
 
     chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
-    nats = nats_of_chunk if keep_logits else partial(checkpoint, nats_of_chunk, use_reentrant=False)
+    nats = nats_of_chunk if keep else partial(checkpoint, nats_of_chunk, use_reentrant=False)
     return torch.cat([nats(*chunk) for chunk in chunks])

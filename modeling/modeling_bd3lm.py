@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -15,12 +15,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bd3lm import BD3LMConfig
 from .generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
-from .network_block_diffusion import (
-    BlockDiffusionLMMixin,
-    NetworkOutput,
-    accepts_past_key_values,
-    prepare_denoising,
-)
+from .network_block_diffusion import BlockDiffusionLMMixin, check_one_input, prepare_denoising
+from .outputs_block_diffusion import NetworkOutput, accepts_past_key_values
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -41,7 +37,7 @@ class BD3LMNoiseEmbedding(nn.Module):
         self.linear_1 = nn.Linear(self.num_features, config.cond_dim)
         self.linear_2 = nn.Linear(config.cond_dim, config.cond_dim)
 
-    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(self, sigma: Tensor) -> Tensor:
         """sigma of any shape -> [*shape, cond_dim]."""
         half = self.num_features // 2
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
@@ -49,7 +45,7 @@ class BD3LMNoiseEmbedding(nn.Module):
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         # A projection that a quantizer put here may have no such weight; it takes any floating point.
         weight = getattr(self.linear_1, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        if isinstance(weight, Tensor) and weight.is_floating_point():
             features = features.to(weight.dtype)
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
@@ -62,7 +58,7 @@ class BD3LMRotaryEmbedding(nn.Module):
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta
 
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids [batch, length] -> cos and sin, each [batch, 1, length, head_dim]."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device) / self.head_dim
         angles = position_ids[..., None].float() / self.rope_theta**exponents
@@ -70,35 +66,25 @@ class BD3LMRotaryEmbedding(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate_half(states: torch.Tensor) -> torch.Tensor:
+def rotate_half(states: Tensor) -> Tensor:
     """(first, second half) -> (-second, first) in the last dimension."""
     first, second = states.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
-def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary_pos_emb(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys [batch, heads, length, head_dim] at their positions."""
     return states * cos + rotate_half(states) * sin
 
 
 def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Softmax attention with the weights returned; [batch, heads, length, head_dim] -> [batch, length, heads, head_dim].
-    """
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """[batch, heads, length, head_dim] -> ([batch, length, heads, head_dim], the attention weights)."""
     attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        attn_weights = attn_weights + attention_mask
+    if mask is not None:
+        attn_weights = attn_weights + mask
     attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
     return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
 
 
@@ -120,21 +106,15 @@ class BD3LMAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """
-        Args:
-            hidden_states: [batch, length, hidden].
-            position_embeddings: cosines and sines, each [batch or 1, 1, length, head_dim].
-            attention_mask: what the attention implementation takes; None where every query sees every key.
-            cache: keys and values of earlier tokens.
-
-        Returns:
-            ([batch, length, hidden], the attention weights where the implementation gives them).
+        [batch, length, hidden] -> the same shape, and the attention weights where the implementation gives them.
+        Cosines and sines are [batch or 1, 1, length, head_dim]. Without a mask every query sees every key.
         """
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
@@ -165,7 +145,7 @@ class BD3LMMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """[batch, length, hidden] -> [batch, length, hidden]."""
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
 
@@ -185,43 +165,36 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        condition: torch.Tensor | None = None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        condition: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """
-        Args:
-            hidden_states: [batch, length, hidden].
-            attention_mask, position_embeddings, cache: see [`BD3LMAttention`].
-            condition: the embedded noise level [batch or 1, length or 1, cond_dim]; None without `adaln`.
-
-        Returns:
-            [batch, length, hidden].
+        [batch, length, hidden] -> the same shape, under the embedded noise level `condition` [batch or 1, length or 1,
+        cond_dim], which is None without `adaln`; the other arguments are those of [`BD3LMAttention`].
         """
-        attn_modulation = mlp_modulation = (None, None, None)
+        modulation = (None,) * 6
         if condition is not None:
-            parts = self.adaln_modulation(condition).to(hidden_states.dtype).chunk(6, dim=-1)
-            attn_modulation, mlp_modulation = parts[:3], parts[3:]
+            modulation = self.adaln_modulation(condition).to(hidden_states.dtype).chunk(6, dim=-1)
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
 
-        shift, scale, gate = attn_modulation
-        branch = modulate(self.input_layernorm(hidden_states), shift, scale)
+        branch = modulate(self.input_layernorm(hidden_states), attn_shift, attn_scale)
         branch, _ = self.self_attn(branch, position_embeddings, attention_mask, cache=cache, **kwargs)
-        hidden_states = self.add(hidden_states, branch, gate)
+        hidden_states = self.add(hidden_states, branch, attn_gate)
 
-        shift, scale, gate = mlp_modulation
-        branch = modulate(self.post_attention_layernorm(hidden_states), shift, scale)
-        return self.add(hidden_states, self.mlp(branch), gate)
+        branch = modulate(self.post_attention_layernorm(hidden_states), mlp_shift, mlp_scale)
+        return self.add(hidden_states, self.mlp(branch), mlp_gate)
 
-    def add(self, residual: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    def add(self, residual: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
         """residual + gate * dropout(branch), [batch, length, hidden]."""
         branch = nn.functional.dropout(branch, self.hidden_dropout, self.training)
         return residual + (branch if gate is None else gate * branch)
 
 
-def modulate(states: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None) -> torch.Tensor:
+def modulate(states: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
     """x * (1 + scale) + shift, [batch, length, hidden]; None leaves it as it is."""
     return states if shift is None else states * (1 + scale) + shift
 
@@ -243,7 +216,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     # Small, and everything passes through them: quantizers leave them as they are, and float16 does not round them.
     # Quantizers match these from the start of a module's (torchao: a parameter's) name, so they allow for parents.
     _keep_in_fp32_modules = [r"(?:.+\.)?noise_embedding", r"(?:.+\.)?adaln_modulation"]
-    # Buffers of the published code: the rotary frequencies follow from the config, the interval stands in it.
+    # Buffers of the published code: the rotary frequencies follow from the config, the interval is in it.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)"]
     _can_record_outputs = {"hidden_states": BD3LMDecoderLayer, "attentions": BD3LMAttention}
 
@@ -258,37 +231,24 @@ class BD3LMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`; with the package `bd3lm_hf` it reads the published checkpoints as well.
-
-        Args:
-            pretrained_model_name_or_path: folder or repository id on the Hub.
-            model_args, kwargs: as Transformers takes them.
-            output_loading_info: return (model, which tensors were missing, unexpected or of another shape).
-
-        Raises:
-            ValueError: a published checkpoint lacks tensors of the model or has others.
+        As `PreTrainedModel.from_pretrained`, `output_loading_info` included; with the package `bd3lm_hf` it reads the
+        published checkpoints as well. Raises a ValueError for one that lacks tensors of the model or has others.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        if model.config.is_published_format and (info["missing_keys"] or info["unexpected_keys"]):
+        kwargs["output_loading_info"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if model.config.is_published_format and (missing or unknown):
             raise ValueError(
                 f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is a checkpoint in the published "
-                "format whose tensors must be exactly those of the model, but it lacks "
-                f"{sorted(info['missing_keys'])} and has the unknown {sorted(info['unexpected_keys'])}. Reading this "
-                "format needs the package bd3lm_hf."
+                f"format whose tensors must be exactly those of the model, but it lacks {missing} and has the unknown "
+                f"{unknown}. Reading this format needs the package bd3lm_hf."
             )
         return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Embedding:
-        """
-        As `PreTrainedModel.resize_token_embeddings`.
-
-        Raises:
-            ValueError: the mask token would be dropped.
-        """
+        """As `PreTrainedModel.resize_token_embeddings`; raises a ValueError if the mask token would be dropped."""
         multiple, mask_token_id = pad_to_multiple_of or 1, self.config.mask_token_id
         if new_num_tokens is not None and -(-new_num_tokens // multiple) * multiple <= mask_token_id:
             raise ValueError(
@@ -298,10 +258,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """
-        As `PreTrainedModel.save_pretrained`, with the sources of the model and of its pipeline beside the weights, for
-        `trust_remote_code=True`.
-        """
+        """As `PreTrainedModel.save_pretrained`, with the sources beside the weights, for `trust_remote_code=True`."""
         # Transformers copies what this file imports; the network has no need of it.
         from .infilling_block_diffusion import CUSTOM_PIPELINES
 
@@ -316,12 +273,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
-    """
-    The transformer without the output projection (arXiv 2503.09573).
-
-    Args:
-        config: sizes of the network.
-    """
+    """The transformer of a `config`, without the output projection (arXiv 2503.09573)."""
 
     _keys_to_ignore_on_load_unexpected = [*BD3LMPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
 
@@ -343,39 +295,29 @@ class BD3LMModel(BD3LMPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        timesteps: torch.Tensor | None = None,
+        timesteps: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> NetworkOutput:
         """
-        One pass over tokens, by default a denoising pass.
+        One pass over tokens, by default a denoising pass, that gives a `last_hidden_state` [batch, length, hidden].
 
         Args:
             input_ids: ids, masked ones among them [batch, length].
-            attention_mask: 0 at padding [batch, cached + length]; or a mask as the attention implementation takes it,
-                which passes through untouched.
-            position_ids: positions, counted in real tokens of each row [batch or 1, length].
-            cache: cache of the blocks before; every position given here is written to it (see [`CommitCache`]).
-            inputs_embeds: embeddings in place of `input_ids` [batch, length, hidden].
+            attention_mask, position_ids, cache, inputs_embeds, use_cache, document_ids, kwargs: see `forward` of
+                [`BD3LMForMaskedLM`].
             timesteps: noise level sigma of each row [batch] or of each token [batch, length]. None means 0.
-            use_cache: make a cache if none is given.
-            document_ids: equal for the tokens of one document of a packed row [batch, length].
-            kwargs: `output_hidden_states`, `output_attentions` and what else the attention function takes.
-
-        Returns:
-            a [`NetworkOutput`] with `last_hidden_state` [batch, length, hidden].
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, shapes that do not fit, training under
                 `flex_attention` on a CPU.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given, but got both or neither.")
+        check_one_input(input_ids, inputs_embeds)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -385,9 +327,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
                 "`attn_implementation` must be 'sdpa' or 'eager' to train on a CPU, but got 'flex_attention', which "
                 "has no backward pass there."
             )
-        position_ids, attention_mask = prepare_denoising(
-            self.config, hidden_states, hidden_states.dtype, attention_mask, position_ids, cache, document_ids
-        )
+        text, dtype = (attention_mask, position_ids, document_ids), hidden_states.dtype
+        position_ids, attention_mask = prepare_denoising(self.config, hidden_states, dtype, text, cache)
         condition = self.condition(timesteps, hidden_states.device)
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
         for layer in self.layers:
@@ -398,14 +339,10 @@ class BD3LMModel(BD3LMPreTrainedModel):
             hidden_states = modulate(hidden_states, shift, scale)
         return NetworkOutput(last_hidden_state=hidden_states, cache=cache)
 
-    def condition(self, sigma: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    def condition(self, sigma: Tensor | None, device: torch.device) -> Tensor | None:
         """
-        The embedded noise level [batch or 1, length or 1, cond_dim], None without `adaln`.
-
-        Args:
-            sigma: of each row [batch] or token [batch, length]; None means 0, as for every input of a network without
-                `time_conditioning`.
-            device: where it is wanted.
+        The embedded noise level [batch or 1, length or 1, cond_dim] on a `device`, None without `adaln`, from `sigma`
+        of each row [batch] or token [batch, length]; None means 0, as does everything without `time_conditioning`.
         """
         if not self.config.adaln:
             return None
@@ -415,12 +352,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
 
 
 class BD3LMForMaskedLM(BlockDiffusionLMMixin, BD3LMPreTrainedModel, BlockDiffusionGenerationMixin):
-    """
-    A block diffusion language model (arXiv 2503.09573): the transformer and its output projection.
-
-    Args:
-        config: sizes of the network, and the noise it is trained under.
-    """
+    """A block diffusion language model (arXiv 2503.09573): the transformer of a `config` and its output projection."""
 
     generation_config_class = BD3LMGenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -10,15 +10,12 @@ The mask is data ([`block_diffusion_mask`]) and passes through untouched. The ne
 [x_t ; x_0] in training ([`TwoStreams`]), and over new tokens against a cache in a denoising pass.
 """
 
-import functools
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing
 
 from .attention_block_diffusion import block_diffusion_mask, denoising_positions_and_blocks
@@ -26,11 +23,13 @@ from .diffusion_block_diffusion import (
     FULL_NOISE_INTERVAL,
     NOISE_SCHEDULES,
     forward_process,
+    generator_of,
     sample_timesteps,
     sigma_from_mask_probability,
 )
 from .loss_block_diffusion import token_nats
-from .two_stream_block_diffusion import TextBlocks, TwoStreams, positions_and_blocks, tokens_where
+from .outputs_block_diffusion import BlockDiffusionOutput, accepts_past_key_values
+from .two_stream_block_diffusion import TextBlocks, TwoStreams, check_shape, positions_and_blocks, tokens_where
 
 
 logger = logging.get_logger(__name__)
@@ -43,165 +42,64 @@ NO_NEXT_TOKEN_SCORES = (
 )
 
 
-class CacheOutput(ModelOutput):
-    """An output whose `cache` can be read as `past_key_values` too, its name before Transformers 5.24."""
-
-    @property
-    def past_key_values(self) -> Cache | None:
-        return self.cache
-
-    def __getitem__(self, key):
-        return super().__getitem__("cache" if key == "past_key_values" else key)
-
-    def __contains__(self, key) -> bool:
-        return super().__contains__("cache" if key == "past_key_values" else key)
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default
-
-
-@dataclass
-class NetworkOutput(CacheOutput):
-    """
-    Output of a network.
-
-    Args:
-        last_hidden_state: [batch, length, hidden].
-        cache: where one was given or asked for.
-        hidden_states: with `output_hidden_states`, the embeddings and the states after each layer.
-        attentions: with `output_attentions`, the attention weights of each layer.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    cache: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class BlockDiffusionOutput(CacheOutput):
-    """
-    Output of a block diffusion language model.
-
-    Args:
-        loss: sum of `token_nelbo` / number of predicted tokens, in nats per token; a scalar.
-        logits: raw scores of the token *at* each position [batch, length, vocab]; None where a loss was asked for.
-        cache: the cache, where one was given or asked for; also readable as `past_key_values`.
-        hidden_states: with `output_hidden_states`, the embeddings and the states after each layer.
-        attentions: with `output_attentions`, the attention weights of each layer.
-        token_nelbo: w(t) * -log x_theta of each masked token and 0 elsewhere, in nats [batch, length]; summed over the
-            noised copies of the text; differentiable.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    cache: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    token_nelbo: torch.Tensor | None = None
-
-    def __setitem__(self, key, value):
-        if key == "input_ids":
-            # `FillMaskPipeline` alone puts them here. It would propose the mask token as well, and fill a gap from
-            # earlier ones that are still open.
-            raise ValueError(
-                "`pipeline` must be asked for 'text-infilling' in place of 'fill-mask', which takes the scores of one "
-                "pass over all gaps for probabilities."
-            )
-        super().__setitem__(key, value)
-
-
-def accepts_past_key_values(method: Callable) -> Callable:
-    """Lets a method that takes `cache` be called with `past_key_values`, its name before Transformers 5.24."""
-
-    @functools.wraps(method)
-    def wrapper(self, *args: Any, **kwargs: Any):
-        if "past_key_values" in kwargs:
-            past_key_values = kwargs.pop("past_key_values")
-            if past_key_values is not None:
-                if kwargs.get("cache") is not None:
-                    raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
-                kwargs["cache"] = past_key_values
-        return method(self, *args, **kwargs)
-
-    return wrapper
-
-
 def prepare_denoising(
-    config,
-    given: torch.Tensor,
-    dtype: torch.dtype,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None = None,
-    cache: Cache | None = None,
-    document_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Any]:
+    config, given: Tensor, dtype: torch.dtype, text: tuple, cache: Cache | None
+) -> tuple[Tensor, Any]:
     """
-    Positions and mask of a denoising pass, as the network takes them.
+    (positions [batch or 1, length], mask) of a denoising pass as the network takes them, for hidden states of a
+    `dtype`; a mask that was prepared already stays as it is.
 
-    Args:
-        config: the model's.
-        given: ids [batch, length] or embeddings [batch, length, hidden].
-        dtype: that of the hidden states.
-        attention_mask: 0 at padding [batch, cached + length]; or a mask that was prepared already, which is returned.
-        position_ids: counted in real tokens of each row [batch, length].
-        cache: of the blocks before.
-        document_ids: equal for the tokens of one document of a packed row [batch, length].
-
-    Returns:
-        (position_ids [batch or 1, length], the mask).
-
-    Raises:
-        ValueError: shapes that do not fit, `document_ids` with a cache.
+    `given` are ids [batch, length] or embeddings [batch, length, hidden], `text` is (attention_mask, position_ids,
+    document_ids) as in [`BlockDiffusionLMMixin.forward`]. Raises a ValueError for shapes that do not fit and
+    `document_ids` with a cache.
     """
-    shape, device = given.shape[:2], given.device
+    attention_mask, position_ids, document_ids = text
+    (batch_size, length), device = given.shape[:2], given.device
     cached_length = 0 if cache is None else cache.get_seq_length()
     if is_prepared(attention_mask):
         if position_ids is None:
-            position_ids = torch.arange(shape[1], device=device)[None] + cached_length
+            position_ids = torch.arange(length, device=device)[None] + cached_length
         return position_ids, attention_mask
-    expected_shape = (shape[0], cached_length + shape[1])
+    expected_shape = (batch_size, cached_length + length)
     if attention_mask is not None and attention_mask.shape != expected_shape:
         raise ValueError(
             "`attention_mask` must be of shape [batch, cached + length] = "
             f"{[int(size) for size in expected_shape]}, but got {list(attention_mask.shape)}."
         )
     if cache is None:
-        text = (attention_mask, position_ids, document_ids)
-        position_ids, query_blocks = positions_and_blocks(config, shape, device, *text)
+        position_ids, query_blocks = positions_and_blocks(config, given.shape[:2], device, text)
         key_blocks = query_blocks
     else:
         if document_ids is not None:
             raise ValueError("`document_ids` describes whole rows and can't go with `cache`, but got both.")
-        position_ids, query_blocks, key_blocks = denoising_positions_and_blocks(
-            config, shape[1], device, attention_mask, position_ids, cache
-        )
+        rows = (attention_mask, position_ids, cache)
+        position_ids, query_blocks, key_blocks = denoising_positions_and_blocks(config, length, device, *rows)
     mask = block_diffusion_mask(query_blocks, key_blocks, config.window_in_blocks, config._attn_implementation, dtype)
     return position_ids, mask
 
 
 def is_prepared(attention_mask: Any) -> bool:
     """Whether this is a mask as the network takes it, in place of a mark of padding [batch, length]."""
-    return attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
+    return attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
 
 
-def as_int64(name: str, ids: torch.Tensor) -> torch.Tensor:
-    """
-    Ids of any integer dtype as int64.
-
-    Raises:
-        ValueError: these are no integers.
-    """
+def as_int64(name: str, ids: Tensor | None) -> Tensor | None:
+    """Ids [...] of any integer dtype as int64, or None; raises a ValueError where these are no integers."""
+    if ids is None:
+        return None
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"`{name}` must be of an integer dtype, but got {ids.dtype}.")
     return ids.long()
 
 
+def check_one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Raises a ValueError unless exactly one of them is given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given, but got both or neither.")
+
+
 def check_head(head: torch.nn.Module) -> None:
-    """
-    Raises:
-        ValueError: PEFT has put in the place of a head that has a bias one that has none.
-    """
+    """Raises a ValueError where PEFT has put in the place of a head that has a bias one that has none."""
     plain = getattr(head, "original_module", getattr(head, "base_layer", None))
     copies = getattr(head, "modules_to_save", {}).values()
     drops_bias = hasattr(head, "token_adapter") or hasattr(head, "trainable_tokens_delta")
@@ -213,14 +111,8 @@ def check_head(head: torch.nn.Module) -> None:
         )
 
 
-def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """
-    The states whose logits are wanted.
-
-    Args:
-        hidden_states: [batch, length, hidden].
-        logits_to_keep: so many of the last ones, 0 for all; or columns [kept], or columns of each row [batch, kept].
-    """
+def select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The states [batch, length, hidden] -> [batch, kept, hidden] of which `forward` is asked for logits."""
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.dim() == 1:
@@ -232,9 +124,7 @@ class BlockDiffusionLMMixin:
     """
     `forward` of a block diffusion language model over any network; see the head of this file.
 
-    The class that it is mixed into has the network as `model`, the head as `lm_head`, and a `config` with
-    `block_size`, `mask_token_id`, `noise_schedule`, `noise_interval`, `ignore_bos`, `time_conditioning` and
-    `window_in_blocks`.
+    The class that it is mixed into has the network as `model`, the head as `lm_head`, and a `config` like BD3LMConfig.
     """
 
     # The look for mask tokens waits for the device: only so many passes are looked at.
@@ -246,7 +136,7 @@ class BlockDiffusionLMMixin:
         if "trl" in tags and "block-diffusion" not in tags:
             logger.warning_once(NO_NEXT_TOKEN_SCORES, f"A trainer of TRL was given this model ({', '.join(tags)})")
 
-    def _warn_of_next_tokens(self, input_ids: torch.Tensor) -> None:
+    def _warn_of_next_tokens(self, input_ids: Tensor) -> None:
         """Warns, once, where logits are asked for of tokens [batch, length] of which none is masked."""
         if not self._num_checks_left or is_tracing(input_ids):
             return
@@ -264,46 +154,43 @@ class BlockDiffusionLMMixin:
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         clean_input_ids: torch.LongTensor | None = None,
-        timesteps: torch.Tensor | None = None,
+        timesteps: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         document_ids: torch.LongTensor | None = None,
         noise_interval: tuple[float, float] | None = None,
         noise_seed: int = 0,
         loss_weights: torch.FloatTensor | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> BlockDiffusionOutput:
         """
-        Scores of the token *at* each position, or with `labels` the block diffusion loss.
+        Scores [batch, kept, vocab] of the token *at* each position, or with `labels` the block diffusion loss.
 
-        * `input_ids` alone: a denoising pass. They are the ids that the network reads, masked ones among them, and
-          `logits` are raw: the SUBS rules are applied where they are used ([`subs_log_probs`]).
+        * `input_ids` alone: a denoising pass over the ids that the network reads, masked ones among them. `logits` are
+          raw; [`subs_log_probs`] applies the SUBS rules to them.
         * With `clean_input_ids`: the pass over [x_t ; x_0], with x_t in `input_ids`; `logits` belong to x_t.
-        * With `labels`: `input_ids` is the text x_0, and the loss is returned. Noise is drawn here: in training mode
-          from torch's global generator, t from `config.noise_interval`; in evaluation mode t from the full interval,
-          and the same noise for the same text. Noise drawn elsewhere comes as x_t in `input_ids`, x_0 in
-          `clean_input_ids`, and the `loss_weights`.
+        * With `labels`: `input_ids` is the text x_0; the `loss` is in nats per predicted token. Noise is drawn here:
+          in training mode from torch's global generator, t from `config.noise_interval`; in evaluation mode t from the
+          full interval, and the same noise for the same text. Noise drawn elsewhere comes as x_t in `input_ids`, x_0
+          in `clean_input_ids`, and the `loss_weights`.
 
         Args:
             input_ids: ids [batch, length]; x_t may hold several noised copies of the text, one after the other
                 [batch, copies * length].
             attention_mask: 0 at padding [batch, cached + length]; or in a denoising pass a mask as the network takes
                 it ([`block_diffusion_mask`]), which passes through untouched.
-            position_ids: positions, counted in real tokens of each row [batch, length]. A document begins wherever
-                they do not go up by one.
-            cache: cache of the blocks before; every position given here is written to it (see [`CommitCache`]).
-                `past_key_values` is the same argument.
+            position_ids: counted in real tokens [batch, length]; a document begins where they do not go up by one.
+            cache: of the blocks before, or `past_key_values`; every position given is added to it ([`CommitCache`]).
             inputs_embeds: embeddings in place of `input_ids` [batch, length, hidden].
             clean_input_ids: x_0 [batch, length].
-            timesteps: sigma of each row [batch], for all that is given, or of each token of `input_ids`; clean tokens
-                have sigma 0 then. None means 0.
+            timesteps: sigma of each row [batch], or of each token of `input_ids`, clean ones having 0; None means 0.
             labels: the clean id of each token to be predicted, -100 for tokens that are neither masked nor predicted
                 (prompts, padding) [batch, length]; not shifted.
             use_cache: make a cache if none is given.
@@ -311,22 +198,16 @@ class BlockDiffusionLMMixin:
                 columns of each row [batch, kept]; 0 means all.
             document_ids: equal for the tokens of one document of a packed row [batch, length].
             noise_interval: (beta, omega) that t is drawn from, in place of the one above.
-            noise_seed: in evaluation mode the same text meets other noise under another number.
-            loss_weights: weight in the loss of each masked token of `input_ids`, of its shape; goes with `labels` and
-                `clean_input_ids`.
+            noise_seed: in evaluation mode another number gives the same text other noise.
+            loss_weights: weight in the loss of each masked token of `input_ids`, of its shape.
             num_items_in_batch: denominator of the loss in place of the number of predicted tokens.
             kwargs: `output_hidden_states`, `output_attentions` and what else the network takes.
-
-        Returns:
-            a [`BlockDiffusionOutput`], with `logits` [batch, length, vocab] of the kept positions, or with `labels`
-            the `loss` in nats per predicted token.
 
         Raises:
             ValueError: arguments that exclude each other, shapes that do not fit, labels that hold the mask token,
                 noise of which a part is missing.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given, but got both or neither.")
+        check_one_input(input_ids, inputs_embeds)
         check_head(self.lm_head)
         if labels is None and num_items_in_batch is not None:
             raise ValueError(
@@ -334,82 +215,64 @@ class BlockDiffusionLMMixin:
                 "`label_smoothing_factor` and `compute_loss_func`, which would teach the model to copy its input: set "
                 "neither of them."
             )
-        input_ids, clean_input_ids, labels = (
-            ids if ids is None else as_int64(name, ids)
-            for name, ids in (("input_ids", input_ids), ("clean_input_ids", clean_input_ids), ("labels", labels))
-        )
-        text = {"attention_mask": attention_mask, "position_ids": position_ids, "document_ids": document_ids}
-        if labels is not None or clean_input_ids is not None:
-            if inputs_embeds is not None or cache is not None:
-                raise ValueError(
-                    "`labels` and `clean_input_ids` go with `input_ids`, but got `inputs_embeds` or `cache` with them."
-                )
+        input_ids, labels = as_int64("input_ids", input_ids), as_int64("labels", labels)
+        clean_input_ids = as_int64("clean_input_ids", clean_input_ids)
+        text = (attention_mask, position_ids, document_ids)
+        if (labels is not None or clean_input_ids is not None) and (inputs_embeds is not None or cache is not None):
+            raise ValueError(
+                "`labels` and `clean_input_ids` go with `input_ids`, but got `inputs_embeds` or `cache` with them."
+            )
         if labels is not None:
-            if clean_input_ids is None:
-                if timesteps is not None or loss_weights is not None:
-                    raise ValueError(
-                        "`labels` without `clean_input_ids` ask for noise to be drawn here, but got `timesteps` or "
-                        "`loss_weights`, which belong to noise drawn elsewhere."
-                    )
-                clean_input_ids = input_ids
-                blocks = TextBlocks.of_batch(self.config, clean_input_ids, labels, **text)
-                input_ids, timesteps, loss_weights = self._draw_noise(
-                    clean_input_ids, blocks, noise_interval, noise_seed
+            is_drawn_here = clean_input_ids is None
+            if is_drawn_here and (timesteps is not None or loss_weights is not None):
+                raise ValueError(
+                    "`labels` without `clean_input_ids` ask for noise to be drawn here, but got `timesteps` or "
+                    "`loss_weights`, which belong to noise drawn elsewhere."
                 )
-            elif loss_weights is None or noise_interval is not None:
+            if not is_drawn_here and (loss_weights is None or noise_interval is not None):
                 raise ValueError(
                     "`labels` with `clean_input_ids` take noise drawn elsewhere, so `loss_weights` must be given and "
                     f"`noise_interval` not, but got {type(loss_weights).__name__} and {noise_interval}."
                 )
-            else:
-                blocks = TextBlocks.of_batch(self.config, clean_input_ids, labels, **text)
+            x_0 = input_ids if is_drawn_here else clean_input_ids
+            blocks = TextBlocks.of_batch(self.config, x_0, labels, *text)
             noise = (input_ids, timesteps, loss_weights)
-            return self._denoising_loss(clean_input_ids, labels, blocks, *noise, num_items_in_batch, **kwargs)
+            if is_drawn_here:
+                noise = self._draw_noise(x_0, blocks, noise_interval, noise_seed)
+            return self._denoising_loss(x_0, labels, blocks, noise, num_items_in_batch, **kwargs)
         if clean_input_ids is not None:
-            blocks = TextBlocks.of_batch(self.config, clean_input_ids, torch.full_like(clean_input_ids, -100), **text)
-            streams = self._two_streams(input_ids, clean_input_ids, blocks, timesteps)
-            outputs = self._run_network(streams, **kwargs)
+            blocks = TextBlocks.of_batch(self.config, clean_input_ids, torch.full_like(clean_input_ids, -100), *text)
+            streams, outputs = self._two_stream_pass(input_ids, clean_input_ids, blocks, timesteps, **kwargs)
             hidden_states = outputs.last_hidden_state[:, : streams.num_noisy]
         else:
             if use_cache and cache is None:
                 cache = DynamicCache(config=self.config)
-            # Clean text may fill a cache, or be read for its hidden states; `generate` prepares its masks.
-            reads_clean_text = cache is not None or kwargs.get("output_hidden_states") or is_prepared(attention_mask)
-            if inputs_embeds is None and not reads_clean_text:
-                self._warn_of_next_tokens(input_ids)
-            given = input_ids if inputs_embeds is None else inputs_embeds
-            text["position_ids"], text["attention_mask"] = prepare_denoising(
-                self.config, given, self.dtype, cache=cache, **text
-            )
-            del text["document_ids"]
-            if timesteps is not None:
-                kwargs["timesteps"] = timesteps
-            if inputs_embeds is not None:
-                kwargs["inputs_embeds"] = inputs_embeds
-            outputs = self.model(
-                input_ids=input_ids, cache=cache, use_cache=use_cache, return_dict=True, **text, **kwargs
-            )
+            outputs = self._denoising_pass(input_ids, inputs_embeds, text, cache, timesteps, use_cache, **kwargs)
             hidden_states = outputs.last_hidden_state
-        return BlockDiffusionOutput(
-            logits=self._logits(select_positions(hidden_states, logits_to_keep)),
-            cache=cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = self._logits(select_positions(hidden_states, logits_to_keep))
+        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return BlockDiffusionOutput(logits=logits, cache=cache, **seen)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Raw scores of the final hidden states [batch, kept, hidden] -> [batch, kept, vocab]."""
         return self.lm_head(hidden_states)
 
-    def _two_streams(
-        self,
-        x_t: torch.Tensor,
-        x_0: torch.Tensor,
-        blocks: TextBlocks,
-        timesteps: torch.Tensor | None,
-        masked: torch.Tensor | None = None,
-    ) -> TwoStreams:
-        """The input of the network for [x_t ; x_0]: on a CPU without what the `masked` tokens do not depend on."""
+    def _denoising_pass(self, input_ids, inputs_embeds, text, cache, timesteps, use_cache, **kwargs: Any):
+        """The output of the network over new tokens; `text` is their (attention_mask, position_ids, document_ids)."""
+        # Clean text may fill a cache, or be read for its hidden states; `generate` prepares its masks.
+        reads_clean_text = cache is not None or kwargs.get("output_hidden_states") or is_prepared(text[0])
+        if inputs_embeds is None and not reads_clean_text:
+            self._warn_of_next_tokens(input_ids)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        position_ids, attention_mask = prepare_denoising(self.config, given, self.dtype, text, cache)
+        # A stock decoder knows no noise level.
+        optional = {"timesteps": timesteps, "inputs_embeds": inputs_embeds}
+        kwargs.update({name: value for name, value in optional.items() if value is not None})
+        kwargs.update(position_ids=position_ids, attention_mask=attention_mask, cache=cache, use_cache=use_cache)
+        return self.model(input_ids=input_ids, return_dict=True, **kwargs)
+
+    def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, **kwargs: Any) -> tuple[TwoStreams, Any]:
+        """[x_t ; x_0] and the network's output: on a CPU without what the `masked` tokens do not depend on."""
         num_copies = x_t.shape[1] // x_0.shape[1] if x_0.shape[1] else 1
         if x_t.shape != (x_0.shape[0], num_copies * x_0.shape[1]):
             raise ValueError(
@@ -420,22 +283,15 @@ class BlockDiffusionLMMixin:
         if not is_on_cpu or torch.compiler.is_compiling():
             # Shapes that depend on the shape of the batch alone.
             masked = None
-        return TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked)
-
-    def _run_network(self, streams: TwoStreams, **kwargs: Any):
+        streams = TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked)
         if streams.timesteps is not None:
             kwargs["timesteps"] = streams.timesteps
-        return self.model(
-            input_ids=streams.input_ids,
-            attention_mask=streams.attention_mask,
-            position_ids=streams.position_ids,
-            return_dict=True,
-            **kwargs,
-        )
+        kwargs.update(position_ids=streams.position_ids, attention_mask=streams.attention_mask, return_dict=True)
+        return streams, self.model(input_ids=streams.input_ids, **kwargs)
 
     def _draw_noise(
-        self, x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None, noise_seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        self, x_0: Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None, noise_seed: int
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One draw of t per block and of x_t: (x_t, sigma of each token or None, weight of each token in the loss)."""
         config, schedule, uniform = self.config, NOISE_SCHEDULES[self.config.noise_schedule], None
         if self.training or x_0.is_meta:
@@ -449,52 +305,27 @@ class BlockDiffusionLMMixin:
         timesteps = sigma_from_mask_probability(mask_probability) if config.time_conditioning else None
         return x_t, timesteps, schedule.loss_weight(t)
 
-    def _denoising_loss(
-        self,
-        x_0: torch.Tensor,
-        labels: torch.Tensor,
-        blocks: TextBlocks,
-        x_t: torch.Tensor,
-        timesteps: torch.Tensor | None,
-        loss_weights: torch.Tensor,
-        num_items_in_batch: int | torch.Tensor | None,
-        **kwargs: Any,
-    ) -> BlockDiffusionOutput:
-        """The NELBO estimate of arXiv 2503.09573, Eq. 8, over the noised ids `x_t`."""
-        config = self.config
-        if loss_weights.shape != x_t.shape:
-            raise ValueError(
-                f"`loss_weights` must be of the shape of `input_ids`, {list(x_t.shape)}, but got "
-                f"{list(loss_weights.shape)}."
-            )
+    def _denoising_loss(self, x_0, labels, blocks, noise, num_items_in_batch, **kwargs: Any) -> BlockDiffusionOutput:
+        """The NELBO estimate of arXiv 2503.09573, Eq. 8, over `noise`: (x_t, sigma or None, weights in the loss)."""
+        x_t, timesteps, loss_weights = noise
+        check_shape("loss_weights", loss_weights, "input_ids", x_t.shape)
         num_copies = x_t.shape[1] // max(x_0.shape[1], 1)
-        masked = (x_t == config.mask_token_id) & blocks.predicted.repeat(1, num_copies)
-        streams = self._two_streams(x_t, x_0, blocks, timesteps, masked)
-        outputs = self._run_network(streams, **kwargs)
+        masked = (x_t == self.config.mask_token_id) & blocks.predicted.repeat(1, num_copies)
+        streams, outputs = self._two_stream_pass(x_t, x_0, blocks, timesteps, masked, **kwargs)
         if num_items_in_batch is None:
             num_items_in_batch = blocks.predicted.sum().clamp(min=1)
-        nelbo = torch.zeros(x_t.shape, dtype=torch.float32, device=x_t.device)
         nats = self.token_nats(streams.of_predictions(outputs.last_hidden_state, masked), labels, masked)
+        nelbo = torch.zeros(x_t.shape, dtype=torch.float32, device=x_t.device)
         nelbo = nelbo.masked_scatter(masked, tokens_where(masked, loss_weights).float() * nats)
         nelbo = nelbo.unflatten(1, (num_copies, -1)).sum(1)
-        return BlockDiffusionOutput(
-            loss=nelbo.sum() / num_items_in_batch,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            token_nelbo=nelbo,
-        )
+        loss = nelbo.sum() / num_items_in_batch
+        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return BlockDiffusionOutput(loss=loss, token_nelbo=nelbo, **seen)
 
-    def token_nats(self, hidden_states: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
         """
-        -log x_theta of the masked tokens.
-
-        Args:
-            hidden_states: theirs [num_masked, hidden].
-            labels: clean ids [batch, length].
-            masked: which tokens these are, bool [batch, copies * length].
-
-        Returns:
-            nats [num_masked], float32, differentiable.
+        -log x_theta of the `masked` tokens, bool [batch, copies * length], from their hidden states [num_masked,
+        hidden] and the clean ids [batch, length], in nats [num_masked], float32, differentiable.
         """
         num_copies = masked.shape[1] // max(labels.shape[1], 1)
         targets = tokens_where(masked, labels.repeat(1, num_copies))
@@ -502,22 +333,12 @@ class BlockDiffusionLMMixin:
 
 
 def noise_of_text(
-    x_0: torch.Tensor, blocks: TextBlocks, noise_interval: tuple[float, float], seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_0: Tensor, blocks: TextBlocks, noise_interval: tuple[float, float], seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """
-    Noise that depends on the text of each row alone, so that two evaluations of the same weights agree.
-
-    t is stratified over the blocks of a row.
-
-    Args:
-        x_0: ids [batch, length].
-        blocks: those of `x_0`.
-        noise_interval: (beta, omega) that t is drawn from.
-        seed: another number gives other noise.
-
-    Returns:
-        (t of each token, that of its block; a uniform number in [0, 1) for each predicted token, 1 for others), both
-        [batch, length], float32. Blocks without a predicted token have t = 0.
+    Noise that depends on the text `x_0` [batch, length] of each row and a seed alone, so that two evaluations of the
+    same weights agree: (t of each token's block, stratified over the blocks of a row, 0 without a predicted token;
+    a uniform number in [0, 1) for each predicted token, 1 for others), both [batch, length], float32.
     """
     t, uniform = torch.zeros(x_0.shape), torch.ones(x_0.shape)
     predicted, block, ids = blocks.predicted.cpu(), blocks.block.cpu(), x_0.cpu()
@@ -525,9 +346,7 @@ def noise_of_text(
         chosen = predicted[row]
         if not chosen.any():
             continue
-        text = str((seed, ids[row][chosen].tolist())).encode()
-        digest = hashlib.blake2b(text, digest_size=4).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        generator = generator_of(str((seed, ids[row][chosen].tolist())))
         drawn_blocks = block[row][chosen].unique()
         t_of_block = torch.zeros(int(block[row].max()) + 1)
         t_of_block[drawn_blocks] = sample_timesteps(1, len(drawn_blocks), noise_interval, generator=generator)[0]

@@ -3,40 +3,26 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList
-from transformers.generation import (
-    LogitNormalization,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch import Tensor
+from transformers import LogitsProcessorList, generation
 
 
 # Usual processors whose result does not depend on the tokens so far: any rows may share a call.
 CONTEXT_FREE_PROCESSORS = (
-    LogitNormalization,
-    MinPLogitsWarper,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
+    generation.LogitNormalization,
+    generation.MinPLogitsWarper,
+    generation.SuppressTokensLogitsProcessor,
+    generation.TemperatureLogitsWarper,
+    generation.TopKLogitsWarper,
+    generation.TopPLogitsWarper,
 )
 CONFIDENCES = ("probability", "margin", "negative_entropy")
 
 
-def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
     """
-    Draws from softmax(scores) by the inverse of its distribution function.
-
-    Args:
-        scores: [rows, vocab], float32.
-        uniform: one number in [0, 1) for each row [rows].
-
-    Returns:
-        ids [rows].
+    Draws ids [rows] from softmax(scores), `scores` [rows, vocab] in float32, by the inverse of its distribution
+    function at one number in [0, 1) for each row, `uniform` [rows].
     """
     cumulative = scores.softmax(-1).cumsum(-1)
     total = cumulative[:, -1:]
@@ -46,18 +32,11 @@ def sample_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
 
 
-def confidence_of(kind: str, log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def confidence_of(kind: str, log_probs: Tensor, tokens: Tensor) -> Tensor:
     """
-    How sure a model is of its predictions; larger is more confident.
-
-    Args:
-        kind: "probability" of the token that was drawn, "margin" of the likeliest token before the second, or
-            "negative_entropy" in nats.
-        log_probs: [num_candidates, vocab].
-        tokens: the drawn ones [num_candidates].
-
-    Returns:
-        [num_candidates].
+    How sure a model is of its predictions [num_candidates], larger is surer, from `log_probs` [num_candidates, vocab]:
+    the "probability" of the drawn `tokens` [num_candidates], the "margin" of the likeliest token before the second, or
+    the "negative_entropy" in nats.
     """
     if kind == "probability":
         return log_probs.gather(-1, tokens[:, None]).squeeze(-1).exp()
@@ -80,11 +59,11 @@ class Prediction:
         logits, scores: before and after the processors [num_candidates, vocab].
     """
 
-    tokens: torch.Tensor
-    confidence: torch.Tensor | None
-    probability: torch.Tensor | None
-    logits: torch.Tensor
-    scores: torch.Tensor
+    tokens: Tensor
+    confidence: Tensor | None
+    probability: Tensor | None
+    logits: Tensor
+    scores: Tensor
 
 
 class TokenPredictor:
@@ -98,12 +77,7 @@ class TokenPredictor:
         self._is_valid = self._is_finite = torch.tensor(True)
 
     def check(self) -> None:
-        """
-        To be called now and then: it waits for the device.
-
-        Raises:
-            ValueError: logits or scores so far were NaN or infinite, or left no token to draw.
-        """
+        """Raises a ValueError if scores so far were NaN, infinite or left no token to draw; waits for the device."""
         if self._is_valid:
             return
         if not self._is_finite:
@@ -117,82 +91,58 @@ class TokenPredictor:
         )
 
     def predict(
-        self,
-        logits: torch.Tensor,
-        candidates: torch.Tensor,
-        columns: torch.Tensor,
-        text: torch.Tensor,
-        is_padding: torch.Tensor,
-        confidence_kind: str | None,
-        needs_probability: bool,
-        uniform: torch.Tensor,
+        self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor, uniform: Tensor, kinds: tuple
     ) -> Prediction:
         """
         Args:
             logits: of the candidates, row after row [num_candidates, vocab], float32.
             candidates: the positions to predict, bool [batch, block_size].
-            columns: where each row's block lies in `text` [batch, block_size].
-            text: all tokens, masked until known [batch, width].
-            is_padding: bool [batch, width].
-            confidence_kind: see [`confidence_of`]; None if it is not needed.
-            needs_probability: whether the probability of the tokens is needed.
+            columns: where each row's block lies in `context` [batch, block_size].
+            context: all tokens as [`Canvas.context`] gives them [batch, width].
             uniform: numbers in [0, 1) to draw with [batch, block_size].
+            kinds: of the confidence and the probability that are asked for ([`confidence_of`]), None for none.
         """
         logits[:, self.mask_token_id] = -torch.inf
         self._is_finite = self._is_finite.to(logits.device) & logits.amax(-1).isfinite().all()
-        scores = self._process(logits, candidates, columns, text, is_padding)
+        scores = self._process(logits, candidates, columns, context)
         # A processor may have lifted the ban, such as one that is left with nothing to allow.
         scores[:, self.mask_token_id] = -torch.inf
         self._is_valid = self._is_valid.to(scores.device) & scores.amax(-1).isfinite().all()
         chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
         tokens = torch.zeros_like(columns)
         tokens[candidates] = chosen
-        confidence, probability = (
-            None if kind is None else self._confidence(kind, logits, candidates, chosen)
-            for kind in (confidence_kind, "probability" if needs_probability else None)
-        )
+        confidence, probability = (self._confidence(kind, logits, candidates, chosen) for kind in kinds)
         return Prediction(tokens, confidence, probability, logits, scores)
 
-    def _confidence(
-        self, kind: str, logits: torch.Tensor, candidates: torch.Tensor, chosen: torch.Tensor
-    ) -> torch.Tensor:
+    def _confidence(self, kind: str | None, logits: Tensor, candidates: Tensor, chosen: Tensor) -> Tensor | None:
+        if kind is None:
+            return None
         confidence = torch.full(candidates.shape, -torch.inf, device=logits.device)
         # Of logits that are NaN too there is a least confident token, so that every block ends.
         least = torch.finfo(confidence.dtype).min
         confidence[candidates] = confidence_of(kind, logits.log_softmax(-1), chosen).nan_to_num(least)
         return confidence
 
-    def _process(
-        self,
-        logits: torch.Tensor,
-        candidates: torch.Tensor,
-        columns: torch.Tensor,
-        text: torch.Tensor,
-        is_padding: torch.Tensor,
-    ) -> torch.Tensor:
+    def _process(self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor) -> Tensor:
         """Runs the logits processors on the candidates' scores [num_candidates, vocab]."""
+        row_of, column_of = candidates.nonzero()[:, 0], columns[candidates]
         if self.shares_calls:
-            return self.logits_processor(text[candidates.nonzero()[:, 0]], logits.clone())
+            return self.logits_processor(context[row_of], logits.clone())
         # A processor may read the tokens left of the predicted one, their number, and the index of the row: each
-        # column is processed for the whole batch. Padding reads as the mask token, which has no probability to be
-        # changed.
-        column_of = columns[candidates]
-        row_of = candidates.nonzero()[:, 0]
-        context = text.masked_fill(is_padding, self.mask_token_id)
+        # column is processed for the whole batch.
         scores = logits.clone()
         for column in column_of.unique().tolist():
             chosen = column_of == column
-            batch_scores = logits.new_zeros(text.shape[0], logits.shape[1])
+            batch_scores = logits.new_zeros(len(context), logits.shape[1])
             batch_scores[row_of[chosen]] = logits[chosen]
-            processed = self._process_column(context[:, :column], batch_scores)
-            scores[chosen] = processed[row_of[chosen]]
+            scores[chosen] = self._process_column(context[:, :column], batch_scores)[row_of[chosen]]
         return scores
 
-    def _process_column(self, context: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def _process_column(self, context: Tensor, scores: Tensor) -> Tensor:
         """Runs the processors on the scores of one column [batch, vocab]; `context` [batch, columns before it]."""
         for processor in self.logits_processor:
             processed = processor(context, scores)
-            if isinstance(processor, NoRepeatNGramLogitsProcessor):
+            if isinstance(processor, generation.NoRepeatNGramLogitsProcessor):
                 # An n-gram begun by tokens that are not known yet repeats nothing.
                 start = max(context.shape[1] - processor.ngram_size + 1, 0)
                 is_known = (context[:, start:] != self.mask_token_id).all(-1, keepdim=True)

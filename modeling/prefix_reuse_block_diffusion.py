@@ -1,25 +1,23 @@
 """
-Which tokens the columns of a cache hold, and which blocks of new prompts are among them.
-
-A cache that `generate` returns can be given to it again: the blocks that a new prompt begins with are not computed
-again, in each row as many as agree token for token.
+Which tokens the columns of a cache hold: given to `generate` again, a cache that it returned spares computing the
+blocks that a new prompt begins with, in each row as many as agree token for token.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import StaticLayer
 
 from .cache_block_diffusion import WindowLayer
 
 
+@dataclass
 class CleanText:
     """
     The finished blocks of each row as the network reads them: one column for each position of the cache, then those
-    that the cache does not hold yet.
-
-    Rows of a batch have their blocks in common columns, so a shorter row has empty columns before its own. A cache
-    that `generate` returns keeps its text. Of new prompts as many blocks are cached as agree token for token, in each
-    row; columns after them are empty for that row from then on.
+    that the cache does not hold yet. Columns are common to all rows, so a shorter row has empty ones before its own.
 
     Attributes:
         ids: [batch, columns].
@@ -28,26 +26,23 @@ class CleanText:
         num_cached: columns that the cache holds.
     """
 
-    def __init__(self, ids: torch.Tensor, positions: torch.Tensor, length: torch.Tensor, num_cached: int = 0):
-        self.ids = ids
-        self.positions = positions
-        self.length = length
-        self.num_cached = num_cached
-        columns = torch.arange(ids.shape[1], device=ids.device)
+    ids: Tensor
+    positions: Tensor
+    length: Tensor
+    num_cached: int = 0
+
+    def __post_init__(self):
+        columns = torch.arange(self.num_columns, device=self.ids.device)
         # Plain rows need neither mask nor positions.
-        self.is_plain = bool((positions == columns).all() and (length == ids.shape[1]).all())
+        self.is_plain = bool((self.positions == columns).all() and (self.length == self.num_columns).all())
 
     @classmethod
-    def of_prompts(cls, prefix: torch.Tensor, length: torch.Tensor) -> "CleanText":
-        """
-        Args:
-            prefix: the id at each position of the row, -1 where it has no token [batch, at least length].
-            length: positions in the whole blocks of each row [batch].
-        """
+    def of_prompts(cls, prefix: Tensor, length: Tensor) -> "CleanText":
+        """From each position's id, -1 where there is none [batch, width], and each row's positions in whole blocks."""
         empty = prefix.new_zeros(prefix.shape[0], 0)
         return cls(empty, empty, torch.zeros_like(length)).followed_by(prefix, length)
 
-    def shared_with(self, prefix: torch.Tensor, length: torch.Tensor, block_size: int) -> "CleanText":
+    def shared_with(self, prefix: Tensor, length: Tensor, block_size: int) -> "CleanText":
         """What is cached of this text and the first blocks of new prompts; arguments as for `of_prompts`."""
         num_rows, width = prefix.shape
         ids, positions = self.ids[:, : self.num_cached], self.positions[:, : self.num_cached]
@@ -59,34 +54,31 @@ class CleanText:
         is_used = (positions >= 0) & (positions < num_alike[:, None])
         return CleanText(ids, positions.masked_fill(~is_used, -1), num_alike, self.num_cached)
 
-    def followed_by(self, prefix: torch.Tensor, length: torch.Tensor) -> "CleanText":
+    def followed_by(self, prefix: Tensor, length: Tensor) -> "CleanText":
         """With the rest of each row's prefix in common new columns, of which all rows use the last."""
         width = int((length - self.length).max())
         positions = torch.arange(width, device=prefix.device) + (length[:, None] - width)
         ids = prefix.gather(1, positions.clamp(min=0))
-        is_real = (positions >= self.length[:, None]) & (ids >= 0)
-        return CleanText(
-            torch.cat([self.ids, ids.masked_fill(~is_real, 0)], dim=1),
-            torch.cat([self.positions, positions.masked_fill(~is_real, -1)], dim=1),
-            length,
-            self.num_cached,
-        )
+        is_empty = (positions < self.length[:, None]) | (ids < 0)
+        ids = torch.cat([self.ids, ids.masked_fill(is_empty, 0)], dim=1)
+        positions = torch.cat([self.positions, positions.masked_fill(is_empty, -1)], dim=1)
+        return CleanText(ids, positions, length, self.num_cached)
 
     @property
     def num_columns(self) -> int:
         return self.ids.shape[1]
 
     @property
-    def pending(self) -> torch.Tensor:
+    def pending(self) -> Tensor:
         """What the cache does not hold yet [batch, columns]."""
         return self.ids[:, self.num_cached :]
 
-    def block_positions(self, is_real: torch.Tensor | None, block_size: int) -> torch.Tensor:
+    def block_positions(self, is_real: Tensor | None, block_size: int) -> Tensor:
         """Positions of each row's next block [batch, block_size], -1 where `is_real` says so."""
         positions = self.length[:, None] + torch.arange(block_size, device=self.length.device)
         return positions if is_real is None else positions.masked_fill(~is_real, -1)
 
-    def append(self, block: torch.Tensor, is_real: torch.Tensor | None = None) -> None:
+    def append(self, block: Tensor, is_real: Tensor | None = None) -> None:
         """Adds a finished block [batch, block_size] to each row."""
         self.positions = torch.cat([self.positions, self.block_positions(is_real, block.shape[1])], dim=1)
         self.ids = torch.cat([self.ids, block], dim=1)
@@ -116,7 +108,7 @@ class TextCache(DynamicCache):
         super().reorder_cache(beam_idx)
         self._keep_rows(beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._keep_rows(indices)
 
@@ -126,7 +118,7 @@ class TextCache(DynamicCache):
             rows = torch.arange(self.clean_text.ids.shape[0], device=self.clean_text.ids.device)
             self._keep_rows(rows.repeat_interleave(repeats))
 
-    def _keep_rows(self, rows: torch.Tensor) -> None:
+    def _keep_rows(self, rows: Tensor) -> None:
         if self.get_seq_length():
             text = self.clean_text
             self.clean_text = CleanText(text.ids[rows], text.positions[rows], text.length[rows], text.num_cached)
@@ -140,62 +132,30 @@ def sliding_cache(num_layers: int, window: int) -> TextCache:
 
 
 def match_cache(
-    cache: Cache, prefix: torch.Tensor, length: torch.Tensor, block_size: int, window: int, num_stages: int
+    cache: Cache, prefix: Tensor, length: Tensor, block_size: int, window: int, num_stages: int
 ) -> CleanText:
     """
-    The text of the prompts in the columns of a cache, which is made to hold what their next blocks see.
+    The text of prompts ([`CleanText.of_prompts`]) in the columns of a cache, which is made to hold what the next
+    `num_stages` blocks see, of which each sees `window` positions before it.
 
-    Args:
-        cache: empty, one that `generate` returned, or one that holds the first blocks of equally long prompts.
-        prefix, length: see [`CleanText.of_prompts`].
-        window: positions before a block that it sees.
-        num_stages: blocks to be denoised.
-
-    Raises:
-        ValueError: the cache belongs to another batch size, holds part of a block, has no room, or has dropped what is
-            still seen.
+    The cache is empty, one that `generate` returned, or one that holds the first blocks of equally long prompts.
+    Raises a ValueError if it belongs to another batch size, holds part of a block, has no room, or dropped what is
+    still seen.
     """
-    num_cached, num_rows = int(cache.get_seq_length()), prefix.shape[0]
-    cached = getattr(cache, "clean_text", None) if num_cached else None
-    sizes = [layer.keys.shape[0] for layer in cache.layers if num_cached and layer.is_initialized]
-    if cached is not None:
-        sizes.append(cached.ids.shape[0])
-    for size in sizes:
-        if size != num_rows:
-            raise ValueError(f"`cache` must be of the batch size of the rows to generate, {num_rows}, but got {size}.")
-    if not num_cached:
+    cached = text_in_cache(cache, prefix, length, block_size)
+    if cached is None:
         text = CleanText.of_prompts(prefix, length)
     else:
-        if cached is not None and num_cached > cached.num_cached:
-            raise ValueError(
-                f"`cache` that `generate` returned must hold what it held then, {cached.num_cached} "
-                f"positions, or less, but got {num_cached}: nobody knows which tokens the others are."
-            )
-        if cached is not None:
-            # It may have been cropped since.
-            cached = CleanText(cached.ids, cached.positions, cached.length, num_cached)
-        else:
-            # Filled by the user: the cached tokens can only be the prompts' first.
-            if num_cached % block_size or num_cached > int(length.min()) or bool((length != length[0]).any()):
-                raise ValueError(
-                    "`cache` that no `generate` returned must hold whole blocks of the prompts in "
-                    "`input_ids`, whose rows must be equally long, but got "
-                    f"{num_cached} positions for {length.tolist()} tokens in whole blocks, with `block_size` "
-                    f"{block_size}."
-                )
-            positions = torch.arange(num_cached, device=prefix.device).expand(num_rows, -1)
-            cached = CleanText(prefix[:, :num_cached], positions, length, num_cached)
         shared = cached.shared_with(prefix, length, block_size)
         text = shared.followed_by(prefix, length)
         _, first_held = cache.get_mask_sizes(1, 0)
         if shared.first_visible_column(window) < first_held:
             raise ValueError(
-                "`cache` has dropped positions that the next block still sees, since a row of the batch "
-                "went on far beyond the text of another; generate without it, or with a `DynamicCache()` from the "
-                "start."
+                "`cache` has dropped positions that the next block still sees, since a row of the batch went on far "
+                "beyond the text of another; generate without it, or with a `DynamicCache()` from the start."
             )
         # While rows go on, one may be complete a block before another.
-        num_seen = text.most_columns_seen(window, block_size, num_stages) + (block_size if num_rows > 1 else 0)
+        num_seen = text.most_columns_seen(window, block_size, num_stages) + (block_size if len(prefix) > 1 else 0)
         for layer in cache.layers:
             if isinstance(layer, WindowLayer):
                 layer.widen(num_seen)
@@ -203,7 +163,36 @@ def match_cache(
     for layer in cache.layers:
         if isinstance(layer, StaticLayer) and layer.max_cache_len < num_columns:
             raise ValueError(
-                f"`cache` must have room for {num_columns} positions, whole blocks of prompt and new "
-                f"tokens, but got a static cache of {layer.max_cache_len}."
+                f"`cache` must have room for {num_columns} positions, whole blocks of prompt and new tokens, but got "
+                f"a static cache of {layer.max_cache_len}."
             )
     return text
+
+
+def text_in_cache(cache: Cache, prefix: Tensor, length: Tensor, block_size: int) -> CleanText | None:
+    """What a cache holds, None if it is empty; arguments and errors as of [`match_cache`]."""
+    num_cached, num_rows = int(cache.get_seq_length()), len(prefix)
+    if not num_cached:
+        return None
+    text = getattr(cache, "clean_text", None)
+    sizes = [len(layer.keys) for layer in cache.layers if layer.is_initialized]
+    for size in sizes if text is None else [*sizes, len(text.ids)]:
+        if size != num_rows:
+            raise ValueError(f"`cache` must be of the batch size of the rows to generate, {num_rows}, but got {size}.")
+    if text is not None:
+        if num_cached > text.num_cached:
+            raise ValueError(
+                f"`cache` that `generate` returned must hold what it held then, {text.num_cached} positions, or less, "
+                f"but got {num_cached}: nobody knows which tokens the others are."
+            )
+        # It may have been cropped since.
+        return replace(text, num_cached=num_cached)
+    # Filled by the user: the cached tokens can only be the prompts' first.
+    if num_cached % block_size or num_cached > int(length.min()) or bool((length != length[0]).any()):
+        raise ValueError(
+            "`cache` that no `generate` returned must hold whole blocks of the prompts in `input_ids`, whose rows "
+            f"must be equally long, but got {num_cached} positions for {length.tolist()} tokens in whole blocks, with "
+            f"`block_size` {block_size}."
+        )
+    positions = torch.arange(num_cached, device=prefix.device).expand(num_rows, -1)
+    return CleanText(prefix[:, :num_cached], positions, length, num_cached)

@@ -1,24 +1,18 @@
 """Samplers: given a block that is partly masked, which tokens to reveal now. No sampler knows the model."""
 
-import hashlib
-
 import torch
+from torch import Tensor
 
-from .diffusion_block_diffusion import NOISE_SCHEDULES
+from .diffusion_block_diffusion import NOISE_SCHEDULES, generator_of
 
 
 class BlockNoise:
     """
     The random numbers of one block.
 
-    With seeds each row has a generator of its own: its numbers depend on its seed and the number of the block, so that
-    they are the same whatever rows share the batch, and in a text that is continued.
-
-    Args:
-        seeds: one for each row [batch]; None takes all numbers from torch's global generator.
-        blocks: number of each row's block, counted in the row's own positions [batch].
-        shape: [batch, block_size].
-        device: where the numbers are wanted.
+    With `seeds`, one for each row, each row has a generator of its own: its numbers depend on its seed and the number
+    of its block, counted in the row's own positions, so that they are the same whatever rows share the batch, and in a
+    text that is continued. Without, all numbers come from torch's global generator.
     """
 
     def __init__(self, seeds: list[int] | None, blocks: list[int], shape: torch.Size, device: torch.device):
@@ -26,22 +20,15 @@ class BlockNoise:
         self.device = device
         self.generators = None
         if seeds is not None:
-            self.generators = [
-                torch.Generator().manual_seed(_mixed(seed, block)) for seed, block in zip(seeds, blocks, strict=True)
-            ]
+            # Numbers that differ for neighbouring seeds and blocks.
+            self.generators = [generator_of(f"{seed} {block}") for seed, block in zip(seeds, blocks, strict=True)]
 
-    def uniform(self) -> torch.Tensor:
+    def uniform(self) -> Tensor:
         """Uniform on [0, 1), [batch, block_size]."""
         if self.generators is None:
             return torch.rand(self.shape, device=self.device)
         rows = [torch.rand(self.shape[1], generator=generator) for generator in self.generators]
         return torch.stack(rows).to(self.device)
-
-
-def _mixed(seed: int, block: int) -> int:
-    """32 bits, all that torch's CPU generator reads of a seed, which differ for neighbouring seeds and blocks."""
-    digest = hashlib.blake2b(f"{seed} {block}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
 
 
 class Sampler:
@@ -59,33 +46,30 @@ class Sampler:
     # Whether `remask` may ever mask something.
     may_remask = False
 
-    def start(self, masked: torch.Tensor, noise: BlockNoise) -> None:
+    def start(self, masked: Tensor, noise: BlockNoise) -> None:
         """Called before the first step with the `masked` positions [batch, block_size] and the block's `noise`."""
         self.noise = noise
 
-    def is_finished(self, masked: torch.Tensor) -> bool:
+    def is_finished(self, masked: Tensor) -> bool:
         """Whether the block is done; `masked`, bool [batch, block_size], is what is left of it."""
         return not masked.any()
 
-    def candidates(self, masked: torch.Tensor) -> torch.Tensor:
+    def candidates(self, masked: Tensor) -> Tensor:
         """The positions out of the `masked` ones, bool [batch, block_size], to predict now, of the same shape."""
         return masked
 
-    def mask_probability(self, masked: torch.Tensor) -> torch.Tensor:
+    def mask_probability(self, masked: Tensor) -> Tensor:
         """p of each row's block [batch]: by default the fraction of it that is `masked`, bool [batch, block_size]."""
         return masked.float().mean(-1)
 
-    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
+    def reveal(self, candidates: Tensor, confidence: Tensor | None) -> Tensor:
         """
-        The candidates to reveal, bool [batch, block_size]; at least one in each row that has any.
-
-        Args:
-            candidates: what `candidates` returned.
-            confidence: how sure the model is at each candidate [batch, block_size], -inf elsewhere.
+        Which of the `candidates` to reveal, both bool [batch, block_size]; at least one in each row that has any.
+        `confidence` is how sure the model is at each candidate [batch, block_size], -inf elsewhere.
         """
         return candidates
 
-    def remask(self, known: torch.Tensor) -> torch.Tensor:
+    def remask(self, known: Tensor) -> Tensor:
         """After each step, which of the tokens `known` before it are masked again, bool [batch, block_size]."""
         return torch.zeros_like(known)
 
@@ -97,18 +81,18 @@ class FirstHittingSampler(Sampler):
     p <- p u^(1/n), u uniform.
     """
 
-    def start(self, masked: torch.Tensor, noise: BlockNoise) -> None:
+    def start(self, masked: Tensor, noise: BlockNoise) -> None:
         super().start(masked, noise)
         # Uniform in random order is the order of uniform numbers.
         self._order = noise.uniform()
         self._mask_probability = torch.ones(masked.shape[0], device=masked.device)
         self._uniform = noise.uniform()
 
-    def candidates(self, masked: torch.Tensor) -> torch.Tensor:
+    def candidates(self, masked: Tensor) -> Tensor:
         first = self._order.masked_fill(~masked, torch.inf).argmin(-1, keepdim=True)
         return (torch.arange(masked.shape[1], device=masked.device) == first) & masked
 
-    def mask_probability(self, masked: torch.Tensor) -> torch.Tensor:
+    def mask_probability(self, masked: Tensor) -> Tensor:
         num_masked = masked.sum(-1)
         uniform = self._uniform.gather(1, (num_masked - 1).clamp(min=0)[:, None]).squeeze(1)
         self._mask_probability = self._mask_probability * uniform ** (1 / num_masked.clamp(min=1))
@@ -118,17 +102,13 @@ class FirstHittingSampler(Sampler):
 class AncestralSampler(Sampler):
     """
     The reverse process in `denoising_steps` steps from t = 1 to 0 (arXiv 2503.09573, Sec. 3.2; arXiv 2406.07524,
-    Eq. 7): from p(t) to p(s) each masked token is revealed with probability (p(t) - p(s)) / p(t), drawn before it is
-    predicted.
+    Eq. 7): from p(t), that of the `noise_schedule`, to p(s) each masked token is revealed with probability
+    (p(t) - p(s)) / p(t), drawn before it is predicted.
 
-    With `remask_cap`, ReMDM's capped schedule (arXiv 2503.00307, Sec. 4.1): each token that was known before the step
-    is masked again with probability sigma = min(remask_cap, p(s) / (1 - p(t))), and masked ones are revealed with
-    probability (1 - p(s) - (1 - sigma) (1 - p(t))) / p(t), so that the masked fraction keeps to the schedule.
-
-    Args:
-        denoising_steps: N >= 1.
-        noise_schedule: p(t).
-        remask_cap: in [0, 1]; 0 masks nothing again.
+    With a `remask_cap` in (0, 1], ReMDM's capped schedule (arXiv 2503.00307, Sec. 4.1): each token that was known
+    before the step is masked again with probability sigma = min(remask_cap, p(s) / (1 - p(t))), and masked ones are
+    revealed with probability (1 - p(s) - (1 - sigma) (1 - p(t))) / p(t), so that the masked fraction keeps to the
+    schedule.
     """
 
     may_pause = True
@@ -149,18 +129,18 @@ class AncestralSampler(Sampler):
         before, after = self.levels[self._step : self._step + 2]
         return min(self.remask_cap, after / (1 - before)) if before < 1 else 0.0
 
-    def is_finished(self, masked: torch.Tensor) -> bool:
+    def is_finished(self, masked: Tensor) -> bool:
         return self._step == len(self.levels) - 1 or (not self.may_remask and super().is_finished(masked))
 
-    def candidates(self, masked: torch.Tensor) -> torch.Tensor:
+    def candidates(self, masked: Tensor) -> Tensor:
         before, after = self.levels[self._step : self._step + 2]
         probability = (1 - after - (1 - self._remask_probability) * (1 - before)) / before
         return masked & (self.noise.uniform() < probability)
 
-    def mask_probability(self, masked: torch.Tensor) -> torch.Tensor:
+    def mask_probability(self, masked: Tensor) -> Tensor:
         return torch.full(masked.shape[:1], self.levels[self._step], device=masked.device)
 
-    def remask(self, known: torch.Tensor) -> torch.Tensor:
+    def remask(self, known: Tensor) -> Tensor:
         probability = self._remask_probability
         self._step += 1
         return known & (self.noise.uniform() < probability) if probability else torch.zeros_like(known)
@@ -168,12 +148,10 @@ class AncestralSampler(Sampler):
 
 class ConfidenceSampler(Sampler):
     """
-    Reveals the tokens that the model is surest of (MaskGIT, arXiv 2202.04200; threshold: Fast-dLLM, arXiv 2505.22618).
+    Reveals the tokens that the model is surest of by its `confidence`, a name in CONFIDENCES.
 
-    Args:
-        denoising_steps: with n tokens masked and k steps left, the ceil(n / k) surest ones are revealed.
-        confidence_threshold: instead of that, all tokens above this confidence, and at least the surest one.
-        confidence: "probability", "margin" or "negative_entropy".
+    With `denoising_steps`, the ceil(n / k) surest ones of n masked tokens with k steps left (MaskGIT, arXiv
+    2202.04200); with `confidence_threshold`, all above it and at least the surest one (Fast-dLLM, arXiv 2505.22618).
     """
 
     def __init__(
@@ -186,7 +164,7 @@ class ConfidenceSampler(Sampler):
         self.confidence_threshold = confidence_threshold
         self.confidence = confidence
 
-    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    def reveal(self, candidates: Tensor, confidence: Tensor) -> Tensor:
         rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         if self.confidence_threshold is not None:
             revealed = (confidence > self.confidence_threshold) | (rank == 0)
@@ -201,10 +179,7 @@ class ConfidenceSampler(Sampler):
 class EntropyBoundSampler(Sampler):
     """
     Reveals the tokens of least entropy as long as their summed entropy less the largest of them, what predicting them
-    independently can cost, stays within a bound (arXiv 2505.24857).
-
-    Args:
-        entropy_bound: in nats, >= 0; 0 reveals one token.
+    independently can cost, stays within `entropy_bound`, in nats (arXiv 2505.24857); 0 reveals one token.
     """
 
     confidence = "negative_entropy"
@@ -212,9 +187,9 @@ class EntropyBoundSampler(Sampler):
     def __init__(self, entropy_bound: float):
         self.entropy_bound = entropy_bound
 
-    def reveal(self, candidates: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    def reveal(self, candidates: Tensor, confidence: Tensor) -> Tensor:
         entropy, order = (-confidence).sort(dim=-1, stable=True)
-        # In ascending order the sum less the largest is the sum of those before; what is no candidate stands last.
+        # In ascending order the sum less the largest is the sum of those before; what is no candidate comes last.
         before = torch.nn.functional.pad(entropy.cumsum(-1)[:, :-1], (1, 0))
         return torch.zeros_like(candidates).scatter(-1, order, before <= self.entropy_bound) & candidates
 

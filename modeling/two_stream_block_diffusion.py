@@ -9,15 +9,10 @@ noisy blocks without a masked token and the clean tokens that no noisy block see
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attention_block_diffusion import (
-    block_diffusion_mask,
-    block_starts,
-    documents_from_positions,
-    plain_two_stream_mask,
-    token_block_ids,
-)
+from .attention_block_diffusion import block_diffusion_mask, block_starts, plain_two_stream_mask, token_block_ids
 
 
 # The compacted noisy stream has one of so many widths, whatever the noise: kernels that are made for each shape, and
@@ -25,26 +20,20 @@ from .attention_block_diffusion import (
 NUM_WIDTHS = 32
 
 
-def positions_and_blocks(
-    config,
-    shape: torch.Size,
-    device: torch.device,
-    attention_mask: torch.Tensor | None = None,
-    position_ids: torch.Tensor | None = None,
-    document_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Positions and block ids of a whole text, each [batch, length], or [1, length] where all rows are alike.
+def check_shape(name: str, value: Tensor | None, other: str, shape: torch.Size) -> None:
+    """Raises a ValueError where a tensor is given of another shape than that of another argument."""
+    if value is not None and value.shape != shape:
+        raise ValueError(f"`{name}` must be of the shape of `{other}`, {list(shape)}, but got {list(value.shape)}.")
 
-    Args:
-        config: `block_size`.
-        shape, device: of the text, (batch, length).
-        attention_mask, position_ids, document_ids: as the model's `forward` takes them [batch, length]; one of them
-            is enough.
 
-    Raises:
-        ValueError: `document_ids` are of another shape.
+def positions_and_blocks(config, shape: torch.Size, device: torch.device, text: tuple) -> tuple[Tensor, Tensor]:
     """
+    Positions and block ids of whole rows of `shape` [batch, length], each [1, length] where all rows are alike.
+
+    `text` is (attention_mask, position_ids, document_ids) as the model's `forward` takes them; one of them is enough.
+    Raises a ValueError for `document_ids` of another shape.
+    """
+    attention_mask, position_ids, document_ids = text
     columns = torch.arange(shape[1], device=device)[None]
     if document_ids is not None and document_ids.shape != shape:
         raise ValueError(
@@ -52,10 +41,10 @@ def positions_and_blocks(
         )
     if position_ids is not None:
         if document_ids is None:
-            document_ids = documents_from_positions(position_ids)
+            # Of packed rows: a document starts wherever positions do not go up by one.
+            document_ids = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0)).long().cumsum(-1)
     elif document_ids is not None:
-        first_of_document = torch.where(block_starts(document_ids), columns, 0).cummax(-1).values
-        position_ids = columns - first_of_document
+        position_ids = columns - torch.where(block_starts(document_ids), columns, 0).cummax(-1).values
     elif attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     else:
@@ -77,10 +66,10 @@ class TextBlocks:
         shape: rows, and blocks in the row that has the most.
     """
 
-    position_ids: torch.Tensor
-    block_ids: torch.Tensor
-    block: torch.Tensor
-    predicted: torch.Tensor
+    position_ids: Tensor
+    block_ids: Tensor
+    block: Tensor
+    predicted: Tensor
     is_plain: bool
     shape: tuple[int, int]
 
@@ -88,73 +77,47 @@ class TextBlocks:
     def of_batch(
         cls,
         config,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> "TextBlocks":
         """
-        Reads a batch as the model's `forward` takes it with `labels`; all arguments are [batch, length].
-
-        Raises:
-            ValueError: shapes that differ, padding between real tokens, a mask token among those to be predicted.
+        Reads a batch as the model's `forward` takes it with `labels`; all arguments are [batch, length]. Raises a
+        ValueError for other shapes, padding between real tokens, and a mask token among those to be predicted.
         """
-        for name, value in (("labels", labels), ("attention_mask", attention_mask)):
-            if value is not None and value.shape != input_ids.shape:
-                raise ValueError(
-                    f"`{name}` must be of the shape of `input_ids`, {list(input_ids.shape)}, but got "
-                    f"{list(value.shape)}."
-                )
+        check_shape("labels", labels, "input_ids", input_ids.shape)
+        check_shape("attention_mask", attention_mask, "input_ids", input_ids.shape)
+        (batch_size, length), has_values = input_ids.shape, input_ids.device.type != "meta"
         text = (attention_mask, position_ids, document_ids)
-        position_ids, block_ids = positions_and_blocks(config, input_ids.shape, input_ids.device, *text)
+        position_ids, block_ids = positions_and_blocks(config, input_ids.shape, input_ids.device, text)
         predicted = labels != -100
         if attention_mask is not None:
-            predicted = predicted & (attention_mask != 0)
+            real = attention_mask != 0
+            predicted = predicted & real
+            if has_values and ((real & block_starts(real)).sum(-1) > 1).any():
+                rule = "the real tokens of each row next to each other"
+                raise ValueError(f"`attention_mask` must have {rule}, but got padding between them.")
         if config.ignore_bos:
             predicted = predicted & (position_ids != 0)
-        if input_ids.device.type != "meta":
-            cls._check(config, input_ids, labels, attention_mask, predicted)
-        block = (block_starts(block_ids).long().cumsum(-1) - 1).expand(input_ids.shape)
-        is_plain = all(given is None for given in text)
-        num_blocks = -(-input_ids.shape[1] // config.block_size)
-        if not is_plain and input_ids.device.type != "meta":
-            num_blocks = int(block.max()) + 1
-        return cls(position_ids, block_ids, block, predicted, is_plain, (input_ids.shape[0], num_blocks))
-
-    @staticmethod
-    def _check(
-        config,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        predicted: torch.Tensor,
-    ) -> None:
-        if attention_mask is not None:
-            real = attention_mask != 0
-            if ((real & block_starts(real)).sum(-1) > 1).any():
-                raise ValueError(
-                    "`attention_mask` must have the real tokens of each row next to each other, but got padding "
-                    "between them."
-                )
         is_mask_token = (labels == config.mask_token_id) | (input_ids == config.mask_token_id)
-        if (predicted & is_mask_token).any():
+        if has_values and (predicted & is_mask_token).any():
             raise ValueError(
                 f"`labels` must not hold the mask token ({config.mask_token_id}), nor `input_ids` where a label is "
                 "given: a clean token is never masked. Set the label to -100 there."
             )
+        block = (block_starts(block_ids).long().cumsum(-1) - 1).expand(input_ids.shape)
+        is_plain = all(given is None for given in text)
+        num_blocks = int(block.max()) + 1 if has_values and not is_plain else -(-length // config.block_size)
+        return cls(position_ids, block_ids, block, predicted, is_plain, (batch_size, num_blocks))
 
 
-def flagged_first(flags: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def flagged_first(flags: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """
-    The flagged columns of each row in ascending order, filled up with others to the length of the longest row.
-
-    Args:
-        flags: bool [batch, length].
-        multiple: the number of columns is rounded up to a multiple of this, as far as there are so many.
-
-    Returns:
-        (columns [batch, picked], bool [batch, picked]: which of them are flagged); at least one is picked.
+    The flagged columns of each row in ascending order [batch, picked], filled up with others to the length of the
+    longest row, and bool [batch, picked]: which of them are flagged; from `flags`, bool [batch, length]. At least one
+    is picked, and as far as there are so many, a whole number of `multiple`.
     """
     counts = flags.sum(-1, keepdim=True)
     num_picked = -(-max(int(counts.max()), 1) // multiple) * multiple
@@ -162,11 +125,10 @@ def flagged_first(flags: torch.Tensor, multiple: int = 1) -> tuple[torch.Tensor,
     return columns, torch.arange(columns.shape[1], device=flags.device) < counts
 
 
-def columns_to_compute(block_ids: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, int]:
+def columns_to_compute(block_ids: Tensor, masked: Tensor) -> tuple[Tensor, int]:
     """
-    The columns of x_t in blocks that hold a prediction, filled up with others [batch, num_noisy], and how many of the
-    first clean tokens such a block sees; from the block ids of the text [batch or 1, length] and which tokens of x_t
-    are predicted, bool [batch, copies * length].
+    The columns of x_t in blocks that hold a prediction, `masked` [batch, copies * length], filled up with others
+    [batch, num_noisy], and how many of the first clean tokens such a block sees.
     """
     num_copies = masked.shape[1] // block_ids.shape[1]
     columns = torch.arange(block_ids.shape[1], device=masked.device)
@@ -192,75 +154,62 @@ class TwoStreams:
         noisy_columns: the columns of x_t that the noisy stream holds [batch, num_noisy]; None means all.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    attention_mask: torch.Tensor | BlockMask
-    timesteps: torch.Tensor | None
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | BlockMask
+    timesteps: Tensor | None
     num_noisy: int
-    noisy_columns: torch.Tensor | None = None
+    noisy_columns: Tensor | None = None
 
     @classmethod
     def of_noise(
         cls,
         config,
         blocks: TextBlocks,
-        x_t: torch.Tensor,
-        x_0: torch.Tensor,
-        timesteps: torch.Tensor | None,
+        x_t: Tensor,
+        x_0: Tensor,
+        timesteps: Tensor | None,
         dtype: torch.dtype,
-        masked: torch.Tensor | None = None,
+        masked: Tensor | None = None,
     ) -> "TwoStreams":
         """
-        Both streams, whole or compacted.
-
-        Args:
-            config: `block_size`, `window_in_blocks` and the attention implementation.
-            blocks: those of `x_0`; `predicted` is not used.
-            x_t: noised ids [batch, copies * length].
-            x_0: clean ids [batch, length].
-            timesteps: sigma of each token of `x_t`, or of each row [batch], or None.
-            dtype: that of the hidden states.
-            masked: the tokens of `x_t` that are predicted, bool [batch, copies * length]: then only what these depend
-                on is taken, noisy blocks that hold one and clean tokens before the last such block.
+        Both streams, of x_t [batch, copies * length] and x_0 [batch, length], the text of `blocks`, under sigma of
+        each token of x_t, or of each row [batch], or None. With `masked`, the tokens of x_t that are predicted, bool
+        [batch, copies * length], only what these depend on is taken: noisy blocks that hold one, and clean tokens
+        before the last such block.
         """
         length, num_copies = x_0.shape[1], x_t.shape[1] // max(x_0.shape[1], 1)
-        stream = torch.arange(1, num_copies + 1, device=x_0.device).repeat_interleave(length)[None]
         noisy_columns, num_clean = None, length
         if masked is not None:
             noisy_columns, num_clean = columns_to_compute(blocks.block_ids, masked)
 
-        def noisy_part(values: torch.Tensor) -> torch.Tensor:
-            return values if noisy_columns is None else values.expand(x_t.shape).gather(1, noisy_columns)
-
-        def both(noisy: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-            noisy = noisy_part(noisy)
+        def both(noisy: Tensor, clean: Tensor) -> Tensor:
+            if noisy_columns is not None:
+                noisy = noisy.expand(x_t.shape).gather(1, noisy_columns)
             return torch.cat([noisy, clean[:, :num_clean].expand(noisy.shape[0], -1)], dim=1)
 
-        window, implementation = config.window_in_blocks, config._attn_implementation
+        window, kind = config.window_in_blocks, (config._attn_implementation, dtype)
         if masked is None and blocks.is_plain:
-            size = (length, config.block_size, window, num_copies)
-            mask = plain_two_stream_mask(*size, implementation, dtype, x_0.device)
+            mask = plain_two_stream_mask((length, num_copies, config.block_size, window), *kind, x_0.device)
         else:
             block_ids = both(blocks.block_ids.repeat(1, num_copies), blocks.block_ids)
+            stream = torch.arange(1, num_copies + 1, device=x_0.device).repeat_interleave(length)[None]
             streams = both(stream, torch.zeros_like(stream[:, :length]))
-            mask = block_diffusion_mask(block_ids, block_ids, window, implementation, dtype, streams, streams)
+            mask = block_diffusion_mask(block_ids, block_ids, window, *kind, streams)
         if timesteps is not None and timesteps.dim() == 2:
             timesteps = both(timesteps, timesteps.new_zeros(x_0.shape))
         position_ids = both(blocks.position_ids.repeat(1, num_copies), blocks.position_ids)
         num_noisy = x_t.shape[1] if noisy_columns is None else noisy_columns.shape[1]
         return cls(both(x_t, x_0), position_ids, mask, timesteps, num_noisy, noisy_columns)
 
-    def of_predictions(self, states: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """
-        The states of the predicted tokens in the order of x_t [num_masked, hidden], from those of both streams [batch,
-        num_noisy + num_clean, hidden] and which tokens of x_t these are, bool [batch, copies * length].
-        """
+    def of_predictions(self, states: Tensor, masked: Tensor) -> Tensor:
+        """States of both streams [batch, num_noisy + num_clean, hidden] -> of `masked` tokens [num_masked, hidden]."""
         if self.noisy_columns is not None:
             # Each column of x_t is there at most once.
             masked = masked.gather(1, self.noisy_columns)
         return tokens_where(masked, states[:, : self.num_noisy])
 
 
-def tokens_where(masked: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def tokens_where(masked: Tensor, values: Tensor) -> Tensor:
     """The values [batch, length, ...] of the masked tokens [num_masked, ...]; on `meta`, which knows none, of all."""
     return values.flatten(0, 1) if values.device.type == "meta" else values[masked]

@@ -135,9 +135,9 @@ def test_shapes_that_are_no_whole_number_of_copies_are_refused(name, size):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "flex_attention"])
 def test_the_mask_of_plain_texts_is_kept(attn_implementation):
-    size = (26, 4, 6, 1, attn_implementation, torch.float32, torch.device("cpu"))
-    assert plain_two_stream_mask(*size) is plain_two_stream_mask(*size)
-    assert plain_two_stream_mask(*size) is not plain_two_stream_mask(27, *size[1:])
+    kind = (attn_implementation, torch.float32, torch.device("cpu"))
+    assert plain_two_stream_mask((26, 1, 4, 6), *kind) is plain_two_stream_mask((26, 1, 4, 6), *kind)
+    assert plain_two_stream_mask((26, 1, 4, 6), *kind) is not plain_two_stream_mask((27, 1, 4, 6), *kind)
 
 
 @torch.no_grad()
