@@ -272,7 +272,15 @@ class BlockDiffusionLMMixin:
         return self.model(input_ids=input_ids, return_dict=True, **kwargs)
 
     def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, **kwargs: Any) -> tuple[TwoStreams, Any]:
-        """[x_t ; x_0] and the network's output: on a CPU without what the `masked` tokens do not depend on."""
+        """[x_t ; x_0] and the network's output."""
+        streams = self._two_streams(x_t, x_0, blocks, timesteps, masked)
+        if streams.timesteps is not None:
+            kwargs["timesteps"] = streams.timesteps
+        kwargs.update(position_ids=streams.position_ids, attention_mask=streams.attention_mask, return_dict=True)
+        return streams, self.model(input_ids=streams.input_ids, **kwargs)
+
+    def _two_streams(self, x_t, x_0, blocks, timesteps, masked=None) -> TwoStreams:
+        """[x_t ; x_0]: on a CPU without what the `masked` tokens do not depend on."""
         num_copies = x_t.shape[1] // x_0.shape[1] if x_0.shape[1] else 1
         if x_t.shape != (x_0.shape[0], num_copies * x_0.shape[1]):
             raise ValueError(
@@ -283,11 +291,7 @@ class BlockDiffusionLMMixin:
         if not is_on_cpu or torch.compiler.is_compiling():
             # Shapes that depend on the shape of the batch alone.
             masked = None
-        streams = TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked)
-        if streams.timesteps is not None:
-            kwargs["timesteps"] = streams.timesteps
-        kwargs.update(position_ids=streams.position_ids, attention_mask=streams.attention_mask, return_dict=True)
-        return streams, self.model(input_ids=streams.input_ids, **kwargs)
+        return TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked)
 
     def _draw_noise(
         self, x_0: Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None, noise_seed: int
