@@ -27,7 +27,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=["bd3lm_hf", "bd3lm_hf.app", "bd3lm_hf.cli", "bd3lm_hf.modeling"],
+    packages=["bd3lm_hf", "bd3lm_hf.app", "bd3lm_hf.cli", "bd3lm_hf.kernels", "bd3lm_hf.modeling"],
     # The folder that travels to the Hub stays visible as one folder of the repository.
     package_dir={"bd3lm_hf": "bd3lm_hf", "bd3lm_hf.modeling": "modeling"},
     # `evaluate.load` reads the metrics as files.
