@@ -25,7 +25,7 @@ from .cpu_generation import (
 )
 from .cpu_layers import layer_forward, modulation_of
 from .cpu_nucleus import with_selecting_nucleus
-from .cpu_plain import has_hooks, is_leaf, is_mask, is_plain, is_plain_layer, is_sdpa
+from .cpu_plain import has_hooks, is_called_plainly, is_leaf, is_mask, is_plain, is_plain_layer, is_sdpa
 
 
 def replacements(classes: dict[str, type]) -> Iterator[tuple[type, str, Callable]]:
@@ -60,7 +60,7 @@ def two_streams(original: Callable) -> Callable:
         mask, columns = streams.attention_mask, streams.noisy_columns
         # Where anybody looks at the states of the network, they are to be whole.
         is_watched = has_hooks(self.model) or has_hooks(getattr(self.model, "norm", self.model))
-        if columns is not None and is_mask(mask) and not is_watched:
+        if columns is not None and is_mask(mask) and not is_watched and is_called_plainly():
             wanted = masked.gather(1, columns)
             notes_of(mask).wanted = nn.functional.pad(wanted, (0, mask.shape[-1] - wanted.shape[1]))
         return streams

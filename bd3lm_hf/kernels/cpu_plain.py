@@ -29,7 +29,14 @@ def is_plain(states: torch.Tensor) -> bool:
         and states.is_cpu
         and states.dtype in (torch.float32, torch.bfloat16)
         and states.numel() > 0
-        and not torch.compiler.is_compiling()
+        and is_called_plainly()
+    )
+
+
+def is_called_plainly() -> bool:
+    """Whether nothing compiles, traces, transforms, intercepts or watches what is computed."""
+    return (
+        not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
