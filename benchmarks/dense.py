@@ -50,7 +50,9 @@ def dense_loss(
     return (schedule.loss_weight(t) * nats)[is_masked].sum() / maskable.sum()
 
 
-def two_stream_logits(model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, linear: Callable) -> torch.Tensor:
+def two_stream_logits(
+    model: BD3LMForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor, linear: Callable = torch.nn.functional.linear
+) -> torch.Tensor:
     """Raw scores of the noisy tokens [batch, length, vocab], after one pass over [x_t ; x_0]."""
     config, length = model.config, x_t.shape[1]
     positions = torch.arange(length, device=x_t.device)

@@ -28,6 +28,7 @@ OTHER_NAMES = {
     "_index_put_impl_": "index_put",
     "_linear_cross_entropy_batch_chunked_no_reduction": "nn.functional.cross_entropy",
     "_log_softmax": "log_softmax",
+    "_log_softmax_backward_data": "log_softmax",
     "_scaled_dot_product_flash_attention_for_cpu": "nn.functional.scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "nn.functional.scaled_dot_product_attention",
     "_fused_sdp_choice": "nn.functional.scaled_dot_product_attention",
@@ -38,6 +39,7 @@ OTHER_NAMES = {
     "index": "__getitem__",
     "gelu": "nn.functional.gelu",
     "native_layer_norm": "nn.functional.layer_norm",
+    "nll_loss_backward": "nn.functional.nll_loss",
     "nll_loss_forward": "nn.functional.nll_loss",
     "silu": "nn.functional.silu",
 }

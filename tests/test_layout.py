@@ -197,7 +197,7 @@ def test_the_table_of_equations_names_functions_that_exist():
 
 
 # What makes a processor fast has a room of its own.
-FOREIGN_TO_MODELING = ("mkldnn", "autograd.Function", "torch.compiler.disable", "untyped_storage", "bd3lm_hf.")
+FOREIGN_TO_MODELING = ("mkldnn", "autograd.Function", "torch.compiler.disable", "untyped_storage")
 MOST_LINES_OF_MODELING = 3500
 
 

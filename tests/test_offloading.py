@@ -9,7 +9,7 @@ from conftest import random_model
 from torch.testing import assert_close
 from transformers import Cache
 
-from bd3lm_hf import SAMPLERS, BD3LMForMaskedLM
+from bd3lm_hf import SAMPLERS, BD3LMForMaskedLM, kernels
 
 
 IDS = torch.randint(22, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -26,6 +26,13 @@ PARTS = (
 # Each part in turn, and smaller and larger ones.
 GROUPS = [*PARTS, "model.layers", *(f"model.layers.0.{name}" for name in IN_LAYER)]
 TIED = ("model.embed_tokens", "lm_head")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_torch():
+    """An offloaded model is left to plain torch, and so is the one that it is compared with here."""
+    with kernels.detached():
+        yield
 
 
 def device_map_of(groups, place, other):

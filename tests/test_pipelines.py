@@ -230,7 +230,7 @@ def test_what_cannot_be_filled_is_refused(fill, inputs, arguments, message):
 
 def test_another_mask_token_or_model_is_refused(model, tokenizer):
     stranger = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token="<pad>")
-    with pytest.raises(ValueError, match="`tokenizer` must have the model's mask token, of id 319, .* own is None"):
+    with pytest.raises(ValueError, match="`tokenizer` must have the model's mask token, of id 319, .* None"):
         pipeline("text-infilling", model=model, tokenizer=stranger, device="cpu")
 
 

@@ -155,7 +155,7 @@ def test_the_projections_are_quantized_and_the_nelbo_stays(folder, texts, plain,
 def test_two_bits_are_too_few_for_the_nelbo_to_stay(folder, texts, plain_nelbo):
     """The control: this measure does tell a spoilt model."""
     model = BD3LMForMaskedLM.from_pretrained(folder, quantization_config=QuantoConfig(weights="int2"))
-    assert nelbo(model, texts) > 1.05 * plain_nelbo
+    assert nelbo(model, texts) > 1.02 * plain_nelbo
 
 
 @each_quantizer([name for name, quantizer in QUANTIZERS.items() if quantizer.saves])

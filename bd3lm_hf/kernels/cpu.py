@@ -117,8 +117,9 @@ def sample(classes: dict[str, type], original: Callable) -> Callable:
 
     @functools.wraps(original)
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs):
-        if input_ids.device.type == "cpu":
-            logits_processor = with_selecting_nucleus(logits_processor)
+        if input_ids.device.type != "cpu":
+            return original(self, input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs)
+        logits_processor = with_selecting_nucleus(logits_processor)
         block_size = self.config.block_size
         num_new = generation_config.max_length - input_ids.shape[1]
         size = (input_ids.shape[0] * block_size, expected_forwards(generation_config, num_new, block_size))

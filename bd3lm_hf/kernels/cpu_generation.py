@@ -48,8 +48,8 @@ _IN_USE: ContextVar[PackedWeights | None] = ContextVar("packed_weights", default
 
 
 def packed_weights() -> PackedWeights | None:
-    """Those of the call of `generate` that this is a part of."""
-    return _IN_USE.get()
+    """Those of the call of `generate` that this is a part of; none in what is compiled, which can't ask."""
+    return None if torch.compiler.is_compiling() else _IN_USE.get()
 
 
 def pack(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
