@@ -52,7 +52,7 @@ class TextInfillingPipeline(Pipeline):
         mask_token_id = None if self.tokenizer is None else self.tokenizer.mask_token_id
         if mask_token_id != wanted:
             raise ValueError(
-                f"`tokenizer` must have the model's mask token, of id {wanted}, but got one of id {mask_token_id}; "
+                f"`tokenizer` must have the model's mask token, of id {wanted}, but its own is {mask_token_id}; "
                 "`tokenizer.add_special_tokens({'mask_token': '[MASK]'})` adds one after the others."
             )
         # As `generate` has it.
