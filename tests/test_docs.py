@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from conftest import randomize
 from loopback_hub import LoopbackHub, Repository
 from pages import DOCS, NOT_RUN, PAGES, README, ROOT, commands, read_blocks, run_page
@@ -212,6 +213,8 @@ def test_a_page_runs_from_top_to_bottom(page, shelf, tmp_path, monkeypatch):
         give(shelf, name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    # What a page writes is checked, so it is the same each time.
+    torch.manual_seed(0)
     # A page names a sampler of its own, which other tests must not meet.
     with mock.patch.dict(SAMPLERS):
         names, printed = run_page(page, before=lose_the_last_checkpoint)
