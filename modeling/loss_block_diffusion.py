@@ -37,7 +37,7 @@ def token_nats(hidden_states: Tensor, targets: Tensor, head: nn.Module, mask_tok
     # In lower precision torch's own returns nats that are rounded to it.
     if can_fuse and hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type):
         return fused_nats(hidden_states, targets, head, mask_token_id, chunk_size)
-    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size, keep=is_abstract)
+    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size, is_plain, keep=is_abstract)
 
 
 def fused_nats(hidden_states: Tensor, targets: Tensor, head: nn.Linear, mask_token_id: int, chunk_size: int) -> Tensor:
@@ -52,15 +52,23 @@ def fused_nats(hidden_states: Tensor, targets: Tensor, head: nn.Linear, mask_tok
 
 
 def chunked_nats(
-    hidden_states: Tensor, targets: Tensor, head: nn.Module, mask_token_id: int, chunk_size: int, keep: bool = False
+    hidden_states: Tensor,
+    targets: Tensor,
+    head: nn.Module,
+    mask_token_id: int,
+    chunk_size: int,
+    is_plain: bool = False,
+    keep: bool = False,
 ) -> Tensor:
     """[`token_nats`] in chunks of tokens, whose logits are kept or made again in the backward pass."""
+    # Whoever lends a plain head its weights for the forward pass may have taken them back by then.
+    weights = (head.weight, head.bias) if is_plain else ()
 
-    def nats_of_chunk(hidden: Tensor, target: Tensor) -> Tensor:
-        logits = head(hidden).float()
+    def nats_of_chunk(hidden: Tensor, target: Tensor, *weights: Tensor | None) -> Tensor:
+        logits = (nn.functional.linear(hidden, *weights) if weights else head(hidden)).float()
         is_mask_token = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
         return nn.functional.cross_entropy(logits.masked_fill(is_mask_token, -torch.inf), target, reduction="none")
 
     chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
     nats = nats_of_chunk if keep else partial(checkpoint, nats_of_chunk, use_reentrant=False)
-    return torch.cat([nats(*chunk) for chunk in chunks])
+    return torch.cat([nats(*chunk, *weights) for chunk in chunks])
