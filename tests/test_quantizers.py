@@ -16,7 +16,7 @@ from torch import nn
 from torch.ao.quantization import default_dynamic_qconfig, quantize_dynamic
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, QuantoConfig
 
-from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMModel
+from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMModel, kernels
 
 
 NUM_WORDS, LENGTH, NUM_LAYERS = 4, 32, 2
@@ -107,7 +107,9 @@ def folder(language, tmp_path_factory):
         for layer in model.model.layers:
             # Open the gates, which spares hundreds of steps.
             layer.adaln_modulation.bias.view(6, -1)[[2, 5]] = 1.0
-    train(model, language, steps=150, learning_rate=5e-3)
+    # By plain torch: what rounding does to a training run is not the matter here.
+    with kernels.detached():
+        train(model, language, steps=150, learning_rate=5e-3)
     model.save_pretrained(folder)
     torch.save(language.held_out(), folder / "texts.pt")
     return folder
@@ -155,7 +157,7 @@ def test_the_projections_are_quantized_and_the_nelbo_stays(folder, texts, plain,
 def test_two_bits_are_too_few_for_the_nelbo_to_stay(folder, texts, plain_nelbo):
     """The control: this measure does tell a spoilt model."""
     model = BD3LMForMaskedLM.from_pretrained(folder, quantization_config=QuantoConfig(weights="int2"))
-    assert nelbo(model, texts) > 1.02 * plain_nelbo
+    assert nelbo(model, texts) > 1.05 * plain_nelbo
 
 
 @each_quantizer([name for name, quantizer in QUANTIZERS.items() if quantizer.saves])
