@@ -1,15 +1,14 @@
-"""Whether a checkpoint holds every tensor of its model, of the right shape, and numbers in all of them."""
+"""Whether a saved folder holds every tensor of its model, of the right shape, and numbers in all of them."""
 
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME, find_adapter_config_file
+from transformers.utils import CONFIG_NAME
 
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
@@ -17,69 +16,14 @@ from ..modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 
 # So many names stand in an error; the rest is counted.
 MOST_NAMES = 6
-# Of the arguments of `from_pretrained`, those that say where on the Hub something is.
-WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-def load_whole(model_class: Any, checkpoint: str | Path, **options: Any) -> Any:
-    """
-    `model_class.from_pretrained`, for a model that is to be used as it is.
-
-    Transformers initializes what a checkpoint lacks at random and says so in a log, which suits whoever is about to
-    train it; what is computed with such a model would be silently wrong.
-
-    Args:
-        model_class: `BD3LMForMaskedLM`, or an Auto class of Transformers.
-        checkpoint: Folder or Hub id.
-        options: As `from_pretrained` takes them.
-
-    Raises:
-        ValueError: as [`check_weights`].
-    """
-    adapter = find_adapter_config_file(checkpoint, **{name: options[name] for name in WHERE if name in options})
-    if adapter is not None:
-        # What was missing in the base, Transformers does not tell.
-        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        load_whole(model_class, base, **{name: value for name, value in options.items() if name != "revision"})
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, loading_info = model_class.from_pretrained(checkpoint, **options)
-    check_weights(model, loading_info, checkpoint)
-    return model
-
-
-def check_weights(model: Any, loading_info: Mapping[str, Any] | None = None, checkpoint: str | Path = "") -> None:
-    """
-    Whether a model has the weights of its checkpoint, all of them, and numbers in them.
-
-    Args:
-        model: Any model of Transformers, with or without an adapter.
-        loading_info: What `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` returned with
-            it. None if it was not loaded.
-        checkpoint: Where it came from, for the error.
-
-    Raises:
-        ValueError: tensors were missing, or of another shape than the configuration says; a BD3-LM's checkpoint has
-            others than the model; a tensor holds NaN, or infinities other than the -inf of a bias. The message names
-            them.
-    """
-    info = loading_info or {}
-    shapes = [f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in info.get("mismatched_keys", ())]
-    is_ours = model.config.model_type == BD3LMConfig.model_type
-    _refuse(
-        checkpoint or getattr(model, "name_or_path", ""),
-        missing=info.get("missing_keys", ()),
-        shapes=shapes,
-        surplus=info.get("unexpected_keys", ()) if is_ours else (),
-        # Tied weights have two names; the state dict would copy those of some quantizers.
-        no_numbers=[
-            name for name, weight in [*model.named_parameters(), *model.named_buffers()] if not holds_numbers(weight)
-        ],
-    )
 
 
 def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
     """
-    As [`check_weights`], of a saved BD3-LM or adapter, without loading it: tensors are read one after the other.
+    Whether the weights of a saved BD3-LM or adapter are what its configuration says; tensors are read one by one.
+
+    Transformers initializes at random what is missing, and says so in a log: nobody should meet that in a model that
+    was published.
 
     Those of a quantized model have names and shapes of their quantizer, and only their numbers are looked at. What an
     adapter changes is known to its base alone; here each of its pairs of matrices must be whole and fit together.
@@ -89,7 +33,8 @@ def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
         files: Names of the files of its weights, which are safetensors.
 
     Raises:
-        ValueError: as `check_weights`; or a file is cut short.
+        ValueError: tensors are missing, of another shape, or none of the model's; one holds NaN, or infinities other
+            than the -inf of a bias; a file is cut short. The message names them.
     """
     folder = Path(folder)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -124,9 +69,8 @@ def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
 
 def holds_numbers(tensor: torch.Tensor) -> bool:
     """Whether a tensor of any shape is free of NaN and infinities; a bias may be -inf, for what must never come."""
-    # Types of a byte are a quantizer's, a subclass is its packing, and a meta tensor's numbers are elsewhere.
-    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
-    if not (is_plain and tensor.is_floating_point() and tensor.element_size() > 1):
+    # Of a byte, they are a quantizer's, and torch does not look into them.
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
         return True
     if tensor.isfinite().all():
         return True
