@@ -9,8 +9,8 @@ from .common import given, make_parser
 
 
 DESCRIPTION = """\
-Publish a trained model or adapter on the Hub, in one commit: weights, the code that loads them, tokenizer, generation
-configuration, and a model card written from what was recorded in training.
+Publish a trained model or adapter on the Hub, in one commit: weights, the code that loads them, tokenizer,
+configurations, metrics, and a model card written from what was recorded in training. Nothing else is sent.
 
 CHECKPOINT is the output folder of `bd3lm train` or BD3LMTrainer, one of its checkpoints, or anything that
 `save_pretrained` wrote. The token is that of `hf auth login`, or HF_TOKEN.
@@ -52,7 +52,8 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
 
     from ..data.tokenization import load_tokenizer
-    from ..hub.publishing import CARD_FILE, prepare_files, push_to_hub
+    from ..hub.published_files import CARD_FILE, left_out
+    from ..hub.publishing import prepare_files, push_to_hub
 
     options = given(args, ["base_model", "license", "language", "dataset", "tags", "widget_prompts"])
     if args.tokenizer is not None:
@@ -73,6 +74,8 @@ def run(argv: Sequence[str]) -> None:
         for name, file in files.items():
             size = len(file) if isinstance(file, bytes) else file.stat().st_size
             print(f"{size:>15,}  {name}")
+        if others := left_out(args.checkpoint, files):
+            print(f"not published: {', '.join(others)}")
         print(f"\n{files[CARD_FILE].decode()}")
         return
     commit = push_to_hub(

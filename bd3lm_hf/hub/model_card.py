@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..modeling.generation_config_block_diffusion import BD3LMGenerationConfig
+from .published_files import is_repo_id
 from .training_summary import TrainingSummary
 
 
@@ -60,7 +61,7 @@ def create_model_card(summary: TrainingSummary, repo_id: str) -> ModelCard:
     named_datasets = _strings(stated.get("dataset"))
     evaluated = [evaluation["dataset"] for evaluation in summary.final_evaluations if evaluation["dataset"]]
     dataset_ids = [item["id"] for item in [*summary.train_datasets, *evaluated]]
-    dataset_ids += [item for item in named_datasets if re.fullmatch(r"[\w.-]+/[\w.-]+", item)]
+    dataset_ids += [item for item in named_datasets if "/" in item and is_repo_id(item) and not Path(item).exists()]
     results = [result for item in summary.final_evaluations for result in _eval_results(item, summary)]
     data = ModelCardData(
         base_model=summary.base_model,
@@ -87,7 +88,6 @@ def create_model_card(summary: TrainingSummary, repo_id: str) -> ModelCard:
         repo_id=repo_id,
         summary=summary,
         model=model,
-        base=summary.base_model or summary.base_folder,
         prompt=prompts[0],
         named_datasets=named_datasets,
         evaluations=[_evaluation_row(evaluation) for evaluation in summary.final_evaluations],

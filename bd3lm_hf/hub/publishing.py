@@ -1,9 +1,8 @@
-"""Publishing a saved folder on the Hub: what is published, whether it is whole, and all of it in one commit."""
+"""Publishing a saved folder on the Hub: with its card, and all of it in one commit."""
 
 import contextlib
 import importlib.metadata
 import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -12,35 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
-from ..modeling.configuration_bd3lm import BD3LMConfig
 from .model_card import create_model_card
-from .training_summary import ADAPTER_CONFIG_FILE, EMA_FILE, STATED, SUMMARY_FILE, TrainingSummary
-
-
-CARD_FILE = "README.md"
-REPO_ID = r"[\w.-]+(/[\w.-]+)?"
-# State of training, and whatever a reader would have to unpickle; patterns of paths inside the folder.
-NOT_PUBLISHED = (
-    "_*",
-    ".*",
-    "*/.*",
-    f"{PREFIX_CHECKPOINT_DIR}-*/*",
-    "*__pycache__/*",
-    "*.pt",
-    "*.pth",
-    "*.bin",
-    "*.pkl",
-    "*.ckpt",
-    "*.distcp",
-    "optimizer*",
-    "trainer_state.json",
-    EMA_FILE,
+from .published_files import (
+    ADAPTER_CONFIG_FILE,
+    CARD_FILE,
+    SUMMARY_FILE,
+    check_private,
+    check_repo_id,
+    parse_object,
+    published_files,
+    tokenizer_files,
 )
+from .training_summary import STATED, TrainingSummary
+
+
 # The code of the model, which travels with it.
 MODEL_CODE = ("*_bd3lm.py", "*_block_diffusion.py")
 # What would be read along with the published files, or in their place, if an earlier commit left it there.
@@ -53,61 +40,6 @@ SUPERSEDED = (
     "pytorch_model*.bin*",
     *MODEL_CODE,
 )
-
-
-def published_files(folder: str | Path) -> dict[str, Path]:
-    """
-    What of a saved folder is published: weights, configurations, the code that loads them, the tokenizer, the card,
-    figures; no state of training and nothing pickled.
-
-    Returns:
-        The files by their path in the repository.
-
-    Raises:
-        ValueError: the folder holds no whole model or adapter of this kind; the message says what is missing.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"`checkpoint` must be a folder that holds a saved model, but got {str(folder)!r}.")
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not any(fnmatch(name, item) for item in NOT_PUBLISHED)}
-    is_adapter = ADAPTER_CONFIG_FILE in files
-    if not is_adapter:
-        _check_config(folder, files)
-    index = folder / "model.safetensors.index.json"
-    weights = ["adapter_model.safetensors" if is_adapter else "model.safetensors"]
-    if not is_adapter and weights[0] not in files and index.is_file():
-        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in weights:
-        if name not in files:
-            raise ValueError(f"`checkpoint` ({folder}) holds no whole model: {name} is missing.")
-        try:
-            with safe_open(files[name], framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"`checkpoint` ({folder}) holds no whole model: {name} is cut short ({error})."
-            ) from error
-    return files
-
-
-def _check_config(folder: Path, files: Mapping[str, Path]) -> None:
-    """Whether there is a configuration of a BD3-LM, and the code that it names."""
-    if CONFIG_NAME not in files:
-        raise ValueError(f"`checkpoint` ({folder}) holds neither {CONFIG_NAME} nor {ADAPTER_CONFIG_FILE}.")
-    config = json.loads(files[CONFIG_NAME].read_text(encoding="utf-8"))
-    if config.get("model_type") != BD3LMConfig.model_type:
-        raise ValueError(
-            f"`checkpoint` ({folder}) must hold a model of the type {BD3LMConfig.model_type!r}, but its type is "
-            f"{config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint."
-        )
-    sources = {f"{name.split('.')[0]}.py" for name in config.get("auto_map", {}).values()}
-    missing = sorted(sources - set(files)) if sources else ["auto_map"]
-    if missing:
-        raise ValueError(
-            f"`checkpoint` ({folder}) lacks the code that loads it where this package is not installed "
-            f"({', '.join(missing)}); `save_pretrained` writes it."
-        )
 
 
 def upload(
@@ -212,35 +144,39 @@ def prepare_files(
     unknown = sorted(set(stated) - set(STATED))
     if unknown:
         raise ValueError(f"`{unknown[0]}` is nothing that a card tells; it takes {', '.join(STATED)}.")
-    files: dict[str, Path | bytes] = dict(published_files(checkpoint))
+    files = published_files(checkpoint)
     summary = TrainingSummary.from_folder(checkpoint)
     if tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            files |= {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+            saved = tokenizer_files(folder)
+            files |= {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in saved.items()}
         summary.has_tokenizer = True
     if base_model is not None:
-        summary.base_model, summary.base_folder = base_model, None
+        check_repo_id("base_model", base_model)
+        summary.base_model, summary.has_unnamed_base = base_model, False
     if ADAPTER_CONFIG_FILE in files:
-        files[ADAPTER_CONFIG_FILE] = _adapter_config(files[ADAPTER_CONFIG_FILE], summary)
+        files[ADAPTER_CONFIG_FILE] = _adapter_config(Path(checkpoint), files[ADAPTER_CONFIG_FILE], summary)
     for name, likelihood in (likelihoods or {}).items():
         summary.add_likelihood(name, likelihood)
     summary.stated |= {name: value for name, value in stated.items() if value is not None}
     files[SUMMARY_FILE] = summary.to_json().encode()
     files[CARD_FILE] = (str(create_model_card(summary, repo_id)) if card is None else card).encode()
+    check_private(files)
     return dict(sorted(files.items()))
 
 
-def _adapter_config(path: Path, summary: TrainingSummary) -> bytes:
+def _adapter_config(folder: Path, config: Path | bytes, summary: TrainingSummary) -> bytes:
     """The adapter's configuration, with its base by the id on the Hub that everyone else can load."""
-    if summary.base_model is None or re.fullmatch(REPO_ID, summary.base_model) is None:
+    content = parse_object(ADAPTER_CONFIG_FILE, config if isinstance(config, bytes) else config.read_bytes())
+    if summary.base_model is None:
+        base = Path(content.get("base_model_name_or_path") or "nothing that it names").name
         raise ValueError(
-            f"`base_model` must name the adapter's base on the Hub (user/name), but {path.parent} was trained on "
-            f"{summary.base_folder or summary.base_model!r}, which is not there: push the base first, and give its id."
+            f"`base_model` must name the adapter's base on the Hub (user/name), but {folder} was trained on {base!r}, "
+            "which was not loaded from there: push the base first, and give its id."
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = summary.base_model
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    content["base_model_name_or_path"] = summary.base_model
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def push_to_hub(
@@ -275,12 +211,14 @@ def push_to_hub(
         The commit.
 
     Raises:
-        ValueError: the folder holds no whole model, or an adapter's base is not on the Hub.
+        ValueError: the folder holds no whole model, or what must not be published (see [`published_files`]), or an
+            adapter's base is not on the Hub.
         HfHubHTTPError: the Hub refuses.
         ConnectionError: the upload was cut short.
     """
     # What is wrong with the folder is told before anything is created.
-    prepare_files(checkpoint, repo_id, **kwargs)
-    repo_id = create_repository(repo_id, private=private, token=token)
     files = prepare_files(checkpoint, repo_id, **kwargs)
+    created = create_repository(repo_id, private=private, token=token)
+    if created != repo_id:
+        repo_id, files = created, prepare_files(checkpoint, created, **kwargs)
     return upload(files, repo_id, token=token, revision=revision, commit_message=commit_message)

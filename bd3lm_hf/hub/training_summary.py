@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -17,10 +16,9 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..noise.intervals import chosen_noise_intervals
+from .published_files import ADAPTER_CONFIG_FILE, SUMMARY_FILE, is_on_hub, read_object
 
 
-SUMMARY_FILE = "training_summary.json"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 # The moving average of the weights, in a checkpoint of training.
 EMA_FILE = "ema.safetensors"
 
@@ -81,7 +79,8 @@ class TrainingSummary:
         model: The facts of the configuration that `CONFIG_FACTS` names, `num_parameters`, and the `sampler` that
             `generate` uses by default.
         base_model: Id on the Hub of the model that training went on from, or that an adapter belongs to.
-        base_folder: Name of the folder that it was loaded from instead.
+        has_unnamed_base: Whether it came from elsewhere. No folder is named: to others its name says nothing, and its
+            path may tell of whose it is.
         adapter: The facts of the adapter that `ADAPTER_FACTS` names and its `num_parameters`; None for a whole model.
         has_tokenizer: Whether a tokenizer lies beside the weights.
         noise_interval: `chosen_by` ("search", "fixed" or "default"); after a search also the `step` of the last one,
@@ -100,7 +99,7 @@ class TrainingSummary:
 
     model: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
-    base_folder: str | None = None
+    has_unnamed_base: bool = False
     adapter: dict[str, Any] | None = None
     has_tokenizer: bool = False
     noise_interval: dict[str, Any] = field(default_factory=dict)
@@ -124,9 +123,7 @@ class TrainingSummary:
         model = trainer.accelerator.unwrap_model(trainer.model)
         adapter = getattr(model, "peft_config", {}).get("default")
         base = config._name_or_path if adapter is None else adapter.base_model_name_or_path
-        base_model, base_folder = trainer.base_model_in_card, None
-        if base_model is None and base:
-            base_model, base_folder = (None, Path(base).name) if os.path.isdir(base) else (base, None)
+        base_model = trainer.base_model_in_card or (base if is_on_hub(base) else None)
         generation_config = getattr(model, "generation_config", None)
         weights_step = state.global_step
         if args.load_best_model_at_end and state.best_model_checkpoint is not None and not trainer.is_in_train:
@@ -140,7 +137,7 @@ class TrainingSummary:
                 "sampler": getattr(generation_config, "sampler", None),
             },
             base_model=base_model,
-            base_folder=base_folder,
+            has_unnamed_base=bool(base) and base_model is None,
             adapter=None if adapter is None else _adapter_facts(adapter.to_dict(), model),
             has_tokenizer=trainer.processing_class is not None,
             noise_interval=_noise_interval_facts(args, state.log_history),
@@ -164,23 +161,27 @@ class TrainingSummary:
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         if path.is_file():
             try:
-                recorded = json.loads(path.read_text(encoding="utf-8"))
+                recorded = read_object(path)
+                if "base_folder" in recorded:
+                    # Version 0.1 took any name of what was no folder any more for an id.
+                    base_folder, base = recorded.pop("base_folder"), recorded.get("base_model")
+                    recorded["base_model"] = base if is_on_hub(base) else None
+                    recorded["has_unnamed_base"] = bool(base_folder or base) and recorded["base_model"] is None
                 return cls(**{**recorded, "has_tokenizer": has_tokenizer})
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} is no record of training that this version can read: {error}") from error
         if (folder / ADAPTER_CONFIG_FILE).is_file():
-            adapter = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+            adapter = read_object(folder / ADAPTER_CONFIG_FILE)
             base = adapter.get("base_model_name_or_path") or None
-            is_local = base is not None and os.path.isdir(base)
             return cls(
-                base_model=None if is_local else base,
-                base_folder=Path(base).name if is_local else None,
+                base_model=base if is_on_hub(base) else None,
+                has_unnamed_base=base is not None and not is_on_hub(base),
                 adapter={**_adapter_facts(adapter), "num_parameters": _num_parameters(folder)},
                 has_tokenizer=has_tokenizer,
                 versions=package_versions(with_peft=True),
             )
         generation = folder / GENERATION_CONFIG_NAME
-        sampler = json.loads(generation.read_text(encoding="utf-8")).get("sampler") if generation.is_file() else None
+        sampler = read_object(generation).get("sampler") if generation.is_file() else None
         facts = _config_facts(BD3LMConfig.from_pretrained(folder)) if (folder / CONFIG_NAME).is_file() else {}
         return cls(
             model={**facts, "num_parameters": _num_parameters(folder), "sampler": sampler},

@@ -1,17 +1,39 @@
 """What `BD3LMTrainer` tells of a run and publishes: the record beside the weights, the model card, the upload."""
 
+import json
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress, logging
 
 from ..hub.model_card import create_model_card
-from ..hub.publishing import CARD_FILE, MODEL_CODE, prepare_files, upload
-from ..hub.training_summary import SUMMARY_FILE, TrainingSummary
+from ..hub.published_files import CARD_FILE, check_place, check_private, check_repo_id, read_object
+from ..hub.publishing import prepare_files, upload
+from ..hub.training_summary import EMA_FILE, TrainingSummary
+
+
+logger = logging.get_logger(__name__)
+
+# Where Trainer's `hub_strategy` "checkpoint" has the last checkpoint.
+LAST_CHECKPOINT = "last-checkpoint"
+# What a run goes on from, beside the model and Trainer's state. That of a sharded model is in folders.
+TRAINING_STATE = (
+    OPTIMIZER_NAME,
+    "optimizer.bin",
+    SCHEDULER_NAME,
+    SCALER_NAME,
+    "rng_state*.pth",
+    EMA_FILE,
+    *(f"{folder}_*/{name}" for folder in ("optimizer", "pytorch_model_fsdp") for name in ("*.distcp", ".metadata")),
+)
 
 
 class PublishingMixin:
@@ -63,7 +85,9 @@ class PublishingMixin:
             "sampler_results": sampler_results and list(sampler_results),
         }
         self.stated_in_card |= {name: value for name, value in given.items() if value is not None}
-        self.base_model_in_card = finetuned_from or self.base_model_in_card
+        if finetuned_from is not None:
+            check_repo_id("finetuned_from", finetuned_from)
+            self.base_model_in_card = finetuned_from
         if not self.is_world_process_zero():
             return
         output_dir = Path(self.args.output_dir)
@@ -112,15 +136,43 @@ class PublishingMixin:
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer takes the weights alone from the checkpoint, and uploads `output_dir`.
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            output_dir = Path(self.args.output_dir)
-            code = [source for pattern in MODEL_CODE for source in Path(checkpoint_folder).glob(pattern)]
-            for source in [*code, Path(checkpoint_folder, SUMMARY_FILE)]:
-                shutil.copy(source, output_dir)
-            summary = TrainingSummary.from_folder(checkpoint_folder)
-            create_model_card(summary, self.hub_model_id).save(output_dir / CARD_FILE)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """
+        As Trainer's, in a single commit, from the checkpoint itself. Trainer would copy its weights into `output_dir`
+        and upload that, with whatever lies in it.
+        """
+        strategy, pushes = self.args.hub_strategy, self.push_in_progress
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and pushes is not None and not pushes.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:
+            files = prepare_files(checkpoint_folder, self.hub_model_id)
+            if strategy != HubStrategy.EVERY_SAVE:
+                name = Path(checkpoint_folder).name if strategy == HubStrategy.ALL_CHECKPOINTS else LAST_CHECKPOINT
+                state = files | training_state(checkpoint_folder)
+                files |= {f"{name}/{path}": file for path, file in state.items()}
+        except ValueError as error:
+            # What cannot be published is no reason to end the training: `push_to_hub` at its end says so again.
+            logger.warning(f"{checkpoint_folder} is not pushed: {error}")
+            return
+        steps = self.args.save_strategy == SaveStrategy.STEPS
+        progress = f"step {self.state.global_step}" if steps else f"epoch {int(self.state.epoch)}"
+        # Later checkpoints may take the place of this one before it is sent.
+        folder = tempfile.mkdtemp(prefix=".push-", dir=self.args.output_dir)
+        job = upload(
+            _linked(files, Path(folder)),
+            self.hub_model_id,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, {progress}",
+            run_as_future=True,
+        )
+        job.add_done_callback(lambda job: shutil.rmtree(folder, ignore_errors=True))
+        if pushes is None or pushes.is_done():
+            self.push_in_progress = PushInProgress([job])
+        else:
+            pushes.jobs.append(job)
 
     def save_summary(self, folder: str | Path, is_checkpoint: bool = False) -> TrainingSummary | None:
         """Records what the card of the model saved in `folder` shall tell; a checkpoint has the trained weights."""
@@ -132,3 +184,36 @@ class PublishingMixin:
         )
         summary.save(folder)
         return summary
+
+
+def training_state(checkpoint: str | Path) -> dict[str, Path | bytes]:
+    """
+    What a checkpoint holds beside the model for training to go on elsewhere, by its path in it: optimizer, scheduler,
+    random states, moving average and Trainer's state, of which the best checkpoint's place stays here. The pickled
+    arguments stay here, too: they hold paths, and no run reads them again.
+
+    Raises:
+        ValueError: a file is a symbolic link that leads out of the checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    paths = [path for pattern in TRAINING_STATE for path in checkpoint.glob(pattern) if path.is_file()]
+    for path in paths:
+        check_place(checkpoint, path.relative_to(checkpoint).as_posix())
+    files: dict[str, Path | bytes] = {path.relative_to(checkpoint).as_posix(): path for path in paths}
+    state = read_object(checkpoint / TRAINER_STATE_NAME) | {"best_model_checkpoint": None}
+    files[TRAINER_STATE_NAME] = (json.dumps(state, indent=2, sort_keys=True) + "\n").encode()
+    check_private({TRAINER_STATE_NAME: files[TRAINER_STATE_NAME]})
+    return files
+
+
+def _linked(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, Path | bytes]:
+    """The files under names of their own in a folder, where they last as long as it does."""
+    linked = dict(files)
+    for number, (name, file) in enumerate(files.items()):
+        if isinstance(file, Path):
+            linked[name] = folder / f"{number}{file.suffix}"
+            try:
+                os.link(file.resolve(), linked[name])
+            except OSError:
+                shutil.copy(file, linked[name])
+    return linked
