@@ -259,6 +259,8 @@ class BD3LMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, with the sources beside the weights, for `trust_remote_code=True`."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, but {save_directory} is a file.")
         # Transformers copies what this file imports; the network has no need of it.
         from .infilling_block_diffusion import CUSTOM_PIPELINES
 

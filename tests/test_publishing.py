@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import yaml
 from conftest import random_model
 from datasets import Dataset
+from hub_script import run_script
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, card_errors
 from publisher import DATASET, DATASET_REVISION
@@ -34,33 +34,6 @@ SOURCES = {path.name for path in (HERE.parent / "modeling").glob("*_bd3lm.py")}
 def hub():
     with LoopbackHub() as hub:
         yield hub
-
-
-def run_script(hub, name, *arguments, home, token=None):
-    """Runs a script of this folder in a fresh process, which reads HF_ENDPOINT when it imports huggingface_hub."""
-    dropped = ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_MODULES_CACHE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
-    environment = {key: value for key, value in os.environ.items() if key not in dropped}
-    environment |= {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(HERE),
-    }
-    if token is not None:
-        environment["HF_TOKEN"] = token
-    result = subprocess.run(
-        [sys.executable, str(HERE / name), *map(str, arguments)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    return json.loads(Path(arguments[-1], "report.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def upload(
     with _told_as_connection_error(repo_id):
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-        held = api.list_repo_files(repo_id, revision=revision, token=token)
+        held = [name for name in api.list_repo_files(repo_id, revision=revision, token=token) if "/" not in name]
         stale = [name for name in held if name not in files and any(fnmatch(name, item) for item in SUPERSEDED)]
         operations = [CommitOperationDelete(path_in_repo=name) for name in stale] + [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))

@@ -168,7 +168,13 @@ class PublishingMixin:
             commit_message=f"Training in progress, {progress}",
             run_as_future=True,
         )
-        job.add_done_callback(lambda job: shutil.rmtree(folder, ignore_errors=True))
+
+        def finish(job: Future) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not job.cancelled() and job.exception() is not None:
+                logger.warning(f"{checkpoint_folder} was not pushed: {job.exception()}")
+
+        job.add_done_callback(finish)
         if pushes is None or pushes.is_done():
             self.push_in_progress = PushInProgress([job])
         else:
