@@ -72,7 +72,7 @@ def published_files(folder: str | Path) -> dict[str, Path | bytes]:
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
     if not is_adapter:
         _check_config(folder)
-    weights = _weight_files(folder, is_adapter)
+    weights = weight_files(folder, is_adapter)
     names = [*weights, *_matching(folder, MODEL_FILES), *([] if is_adapter else _code_files(folder, CONFIG_NAME))]
     if is_adapter:
         names = [name for name in names if name not in (CONFIG_NAME, GENERATION_CONFIG_NAME)]
@@ -93,6 +93,29 @@ def tokenizer_files(folder: str | Path) -> dict[str, Path | bytes]:
     names = _matching(folder, (*CONFIG_FILES, *VOCABULARY_FILES, *CHAT_TEMPLATES))
     names += _code_files(folder, TOKENIZER_CONFIG_FILE)
     return without_places({name: folder / name for name in sorted(set(names))})
+
+
+def weight_files(folder: Path, is_adapter: bool) -> list[str]:
+    """
+    The names of the files that hold the weights, as the folder's index has them.
+
+    Raises:
+        ValueError: one is missing, or the index names what is no file of weights in the folder.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = [ADAPTER_WEIGHTS_FILE if is_adapter else SAFE_WEIGHTS_NAME]
+    if not is_adapter and not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"`{index.name}` must hold a `weight_map`, but {index} does not.")
+        names = sorted(set(weight_map.values()))
+    for name in names:
+        # An index is data: what it names must be a file of weights in this very folder.
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ValueError(f"`checkpoint` ({folder}) must hold safetensors, but its index names {name!r}.")
+        if not (folder / name).is_file():
+            raise ValueError(f"`checkpoint` ({folder}) holds no whole model: {name} is missing.")
+    return names
 
 
 def left_out(folder: str | Path, files: Iterable[str]) -> list[str]:
@@ -189,7 +212,7 @@ def check_private(files: Mapping[str, Path | bytes]) -> None:
     """
     home = str(Path.home())
     # A home folder `/` is in every file.
-    in_home = re.compile(re.escape(home.encode()) + rb"(?![\w.-])") if len(Path(home).parts) > 1 else None
+    in_home = re.compile(re.escape(home.encode()) + rb"(?![\w-])") if len(Path(home).parts) > 1 else None
     for name, file in files.items():
         if name in VOCABULARY_FILES:
             continue
@@ -220,24 +243,6 @@ def _check_config(folder: Path) -> None:
             f"`checkpoint` ({folder}) lacks the code that loads it where this package is not installed "
             f"({', '.join(missing)}); `save_pretrained` writes it."
         )
-
-
-def _weight_files(folder: Path, is_adapter: bool) -> list[str]:
-    """The names of the files of the weights, as the folder's index has them."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [ADAPTER_WEIGHTS_FILE if is_adapter else SAFE_WEIGHTS_NAME]
-    if not is_adapter and not (folder / SAFE_WEIGHTS_NAME).is_file() and index.is_file():
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"`{index.name}` must hold a `weight_map`, but {index} does not.")
-        names = sorted(set(weight_map.values()))
-    for name in names:
-        # An index is data: what it names must be a file of weights in this very folder.
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise ValueError(f"`checkpoint` ({folder}) must hold safetensors, but its index names {name!r}.")
-        if not (folder / name).is_file():
-            raise ValueError(f"`checkpoint` ({folder}) holds no whole model: {name} is missing.")
-    return names
 
 
 def _code_files(folder: Path, config_name: str) -> list[str]:

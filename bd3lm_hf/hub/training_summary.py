@@ -16,7 +16,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..noise.intervals import chosen_noise_intervals
-from .published_files import ADAPTER_CONFIG_FILE, SUMMARY_FILE, is_on_hub, read_object
+from .published_files import ADAPTER_CONFIG_FILE, SUMMARY_FILE, is_on_hub, read_object, weight_files
 
 
 # The moving average of the weights, in a checkpoint of training.
@@ -284,10 +284,10 @@ def _adapter_facts(adapter: Mapping[str, Any], model=None) -> dict[str, Any]:
 
 
 def _num_parameters(folder: Path) -> int:
-    """Elements of all tensors in the safetensors files of a folder, read from their headers."""
+    """Elements of all tensors of a saved model or adapter, read from the headers of its files."""
     total = 0
-    for path in sorted(folder.glob("*model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+    for name in weight_files(folder, (folder / ADAPTER_CONFIG_FILE).is_file()):
+        with safe_open(folder / name, framework="pt") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total
 
