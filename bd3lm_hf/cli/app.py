@@ -24,12 +24,15 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 lets other machines in.")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
     parser.add_argument("--space", metavar="FOLDER", help="Write a Space into this new folder and start nothing.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a Space that lies in that folder.")
     args = parser.parse_args(argv)
 
     if args.space is not None:
+        from ..data.replacing import check_folder
         from ..hub.space import write_space
 
-        write_space(args.space, *load_model(args), name=Path(args.model).name)
+        check_folder("--space", args.space, args.overwrite)
+        write_space(args.space, *load_model(args), name=Path(args.model).name, overwrite=args.overwrite)
         print(f"saved to {args.space}; `hf upload USER/NAME {args.space} --repo-type space` uploads it")
         return
 

@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> None:
     """`bd3lm convert`."""
     parser = make_parser("convert", DESCRIPTION)
     parser.add_argument("source", metavar="SOURCE", help="A published checkpoint, or a .ckpt file.")
-    parser.add_argument("destination", metavar="DEST", help="The folder to write.")
+    parser.add_argument("destination", metavar="DEST", help="The folder to write, new or empty.")
     parser.add_argument("--tokenizer", help="Folder or Hub id of a tokenizer to save with it, mask token added.")
     parser.add_argument(
         "--ema",
@@ -28,6 +28,9 @@ def run(argv: Sequence[str]) -> None:
         default=True,
         action=argparse.BooleanOptionalAction,
         help="Of a .ckpt, take the moving average of the weights rather than the weights.",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace the model, or the file, that DEST is already."
     )
     sizes = ("num_attention_heads", "block_size", "max_position_embeddings", "mask_token_id")
     for name in sizes:
@@ -37,6 +40,11 @@ def run(argv: Sequence[str]) -> None:
     from ..hub.conversion import convert_checkpoint
 
     convert_checkpoint(
-        args.source, args.destination, tokenizer=args.tokenizer, use_ema=args.use_ema, **given(args, sizes)
+        args.source,
+        args.destination,
+        tokenizer=args.tokenizer,
+        use_ema=args.use_ema,
+        overwrite=args.overwrite,
+        **given(args, sizes),
     )
     print(f"saved to {args.destination}")

@@ -80,7 +80,11 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.dpi < 1:
         raise ValueError(f"--dpi must be at least 1, but got {args.dpi}")
-    args.draw(args).savefig(args.output, dpi=args.dpi)
+    from ..data.replacing import replaced_file
+
+    figure = args.draw(args)
+    with replaced_file(args.output) as path:
+        figure.savefig(path, dpi=args.dpi)
     print(f"saved to {args.output}")
 
 

@@ -39,6 +39,7 @@ def run(argv: Sequence[str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..data.replacing import write_text
     from ..evaluation.quality import generative_perplexity, sample_statistics
 
     tokenizer = AutoTokenizer.from_pretrained(args.judge)
@@ -62,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
             "generative_perplexity": perplexity.to_dict(),
             "statistics": statistics.to_dict(),
         }
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(figures, indent=2) + "\n")
 
 
 def read_samples(path: str, text_column: str = "text") -> list[str]:

@@ -143,12 +143,16 @@ class ModelArguments:
         default=None, metadata={"help": "eager, sdpa, flex_attention or flash_attention_2. (default: Transformers')"}
     )
 
+    overwrite: bool = field(
+        default=False, metadata={"help": "Train into an --output_dir in which a model or checkpoints lie already."}
+    )
+
     # What a checkpoint's weights do not depend on, so that training may go on with another value.
     ADJUSTABLE = ("block_size", "hidden_dropout")
 
     def config_fields(self) -> dict:
         """The fields of `BD3LMConfig` that were given."""
-        others = ("model", "lora_rank", "use_dora", "attn_implementation")
+        others = ("model", "lora_rank", "use_dora", "attn_implementation", "overwrite")
         return {name: value for name, value in asdict(self).items() if value is not None and name not in others}
 
 
@@ -185,6 +189,7 @@ def train_arguments(argv: Sequence[str]) -> tuple:
     )
     data_args, model_args, training_args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[:3]
     _check_arguments(data_args, model_args, training_args)
+    _check_output_dir(model_args, training_args)
     return data_args, model_args, training_args
 
 
@@ -212,6 +217,18 @@ def _check_arguments(data_args: DataArguments, model_args: ModelArguments, train
                 raise ValueError(f"--streaming needs {name}: a stream can't be read beforehand")
 
 
+def _check_output_dir(model_args: ModelArguments, training_args) -> None:
+    """Nothing of another run is lost: its model is written over at the end, and beside a model an adapter is read."""
+    from ..data.replacing import check_folder
+    from ..hub.published_files import STALE_FILES
+
+    output_dir, model = training_args.output_dir, model_args.model
+    if Path(output_dir).is_file():
+        raise ValueError(f"--output_dir must be a folder, but {output_dir} is a file")
+    goes_on = training_args.resume_from_checkpoint or (model and Path(model).resolve() == Path(output_dir).resolve())
+    check_folder("--output_dir", output_dir, model_args.overwrite or bool(goes_on), (*STALE_FILES, "checkpoint-*"))
+
+
 def train_model(data_args: DataArguments, model_args: ModelArguments, training_args) -> dict:
     """
     Train as `bd3lm train` does: data, tokenizer, model, likelihood, training, likelihood, saving.
@@ -228,6 +245,7 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
     """
     from transformers import set_seed
 
+    from ..data.replacing import write_text
     from ..data.tokenization import check_tokenizer
     from ..evaluation.likelihood import unigram_perplexity
     from ..training.trainer import BD3LMTrainer
@@ -280,8 +298,7 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
     trainer.save_metrics("train", result.metrics)
     trainer.save_metrics("eval", {f"eval_{name}": value for name, value in after.items()})
     if trainer.is_world_process_zero():
-        path = Path(training_args.output_dir, "metrics.json")
-        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(training_args.output_dir, "metrics.json"), json.dumps(metrics, indent=2) + "\n")
     show(f"saved to {training_args.output_dir}")
     return metrics
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..data.collators import BD3LMDataCollator
+from ..data.replacing import write_text
 from ..data.tokenization import check_tokenizer, load_tokenizer
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -113,7 +114,7 @@ class Likelihood:
         """`to_dict` as a JSON object; written to `path` as well if given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(path, text + "\n")
         return text
 
 

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.replacing import write_text
 from .estimate import Estimate
 from .mode import evaluation_mode
 from .windows import Window, choose_window, cut_windows
@@ -31,7 +32,7 @@ class _Result:
         """`to_dict` as JSON; written to `path` as well if given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(path, text + "\n")
         return text
 
 

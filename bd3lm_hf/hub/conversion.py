@@ -20,8 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, WeightTransform
 
+from ..data.replacing import check_folder, replaced_folder
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
+from .published_files import RECORDS, STALE_FILES
 
 
 # In the order in which the published code registers its parameters: its moving averages are a list in that order.
@@ -187,6 +189,7 @@ def convert_checkpoint(
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     use_ema: bool = True,
     *,
+    overwrite: bool = False,
     num_attention_heads: int | None = None,
     block_size: int | None = None,
     max_position_embeddings: int | None = None,
@@ -200,11 +203,14 @@ def convert_checkpoint(
         source: a folder or a Hub repository id in the published format, or a Lightning `.ckpt` file of the published
             training code. A `.ckpt` is read with `torch.load(weights_only=True)`: its sizes are those of its tensors,
             the rest comes from `hyper_parameters` if these are plain dictionaries.
-        destination: the folder to write to; not `source` itself.
+        destination: the folder to write to, new or empty; not `source` itself. An interruption leaves what was there,
+            or the whole model.
         tokenizer: the tokenizer of the model, as an object, a folder or a repository id. It is saved beside the model
             with a mask token, which is added if it has none; its special ids become the model's.
         use_ema: take the moving averages of the weights rather than the last step's. A `.ckpt` has both; what lies on
             the Hub has been averaged already.
+        overwrite: take the place of a model in `destination`, nothing of which stays, or of a file. What else lies
+            there stays.
         num_attention_heads, block_size, max_position_embeddings: what a `.ckpt` without readable `hyper_parameters`
             does not say. A block size equal to `max_position_embeddings` is a masked diffusion model.
         mask_token_id: id of the mask token, if the training tokenizer had one of its own; the last id otherwise.
@@ -215,11 +221,12 @@ def convert_checkpoint(
     Raises:
         ValueError: `source` is not in the published format, has missing or surplus tensors, holds objects that
             `weights_only=True` refuses, lacks moving averages or has some of other shapes, or leaves a size open; or
-            the vocabulary of `tokenizer` is not that of the model.
+            the vocabulary of `tokenizer` is not that of the model; or `destination` is a file or holds something.
     """
     source_path = Path(source)
     if source_path.exists() and source_path.resolve() == Path(destination).resolve():
         raise ValueError(f"`destination` must be another folder than `source`, but both are {str(destination)!r}.")
+    check_folder("destination", destination, overwrite)
     options = {
         "num_attention_heads": num_attention_heads,
         "block_size": block_size,
@@ -246,8 +253,11 @@ def convert_checkpoint(
         model.config.mask_token_id = mask_token_id
     if tokenizer is not None:
         tokenizer = _matching_tokenizer(tokenizer, model)
-        tokenizer.save_pretrained(destination)
-    model.save_pretrained(destination)
+    stale = (*STALE_FILES, *RECORDS)
+    with replaced_folder("destination", destination, overwrite=overwrite, stale=stale) as folder:
+        for part in (tokenizer, model):
+            if part is not None:
+                part.save_pretrained(folder)
     return model
 
 

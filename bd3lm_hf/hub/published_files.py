@@ -44,6 +44,21 @@ CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_
 METRIC_FILES = (SUMMARY_FILE, "metrics.json", "all_results.json", "train_results.json", "eval_results.json")
 # Beside its weights and its code, whose names its index and its configurations hold, a model consists of these.
 MODEL_FILES = (*CONFIG_FILES, *VOCABULARY_FILES, *CHAT_TEMPLATES, *METRIC_FILES)
+# What of an earlier model must not be left beside another: it would be read along with it, or in its place.
+STALE_FILES = (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    ADAPTER_CONFIG_FILE,
+    "model*.safetensors",
+    SAFE_WEIGHTS_INDEX_NAME,
+    "adapter_model*.safetensors",
+    "adapter_model*.bin",
+    "pytorch_model*.bin*",
+    "*_bd3lm.py",
+    "*_block_diffusion.py",
+)
+# And what tells of it.
+RECORDS = (*MODEL_FILES, "additional_chat_templates", CARD_FILE, "trainer_state.json", "training_args.bin")
 # Where configurations name classes of the code beside them, as `module.Class`.
 NAMES_OF_CODE = ("auto_map", "custom_pipelines")
 # Where libraries note what was loaded from where. Nothing reads it again.

@@ -12,12 +12,12 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
 
 from .model_card import create_model_card
 from .published_files import (
     ADAPTER_CONFIG_FILE,
     CARD_FILE,
+    STALE_FILES,
     SUMMARY_FILE,
     check_private,
     check_repo_id,
@@ -26,20 +26,6 @@ from .published_files import (
     tokenizer_files,
 )
 from .training_summary import STATED, TrainingSummary
-
-
-# The code of the model, which travels with it.
-MODEL_CODE = ("*_bd3lm.py", "*_block_diffusion.py")
-# What would be read along with the published files, or in their place, if an earlier commit left it there.
-SUPERSEDED = (
-    CONFIG_NAME,
-    ADAPTER_CONFIG_FILE,
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model*.safetensors",
-    "pytorch_model*.bin*",
-    *MODEL_CODE,
-)
 
 
 def upload(
@@ -80,7 +66,7 @@ def upload(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         held = [name for name in api.list_repo_files(repo_id, revision=revision, token=token) if "/" not in name]
-        stale = [name for name in held if name not in files and any(fnmatch(name, item) for item in SUPERSEDED)]
+        stale = [name for name in held if name not in files and any(fnmatch(name, item) for item in STALE_FILES)]
         operations = [CommitOperationDelete(path_in_repo=name) for name in stale] + [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
             for name, file in files.items()

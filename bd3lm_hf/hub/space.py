@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..data.replacing import check_folder, replaced_folder
+
 
 # The page's modules, and the name of their folder in a Space.
 PAGE = Path(__file__).parents[1] / "app"
@@ -62,30 +64,28 @@ python app.py
 ATTRIBUTES = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
-def write_space(folder: str | Path, model: Any, tokenizer: PreTrainedTokenizerBase, *, name: str) -> None:
+def write_space(
+    folder: str | Path, model: Any, tokenizer: PreTrainedTokenizerBase, *, name: str, overwrite: bool = False
+) -> None:
     """
     Writes a Space that needs nothing of this package: model, tokenizer and their code, the page, and what to install.
 
     Args:
-        folder: a new or an empty folder.
+        folder: a new or an empty folder. An interruption leaves what was there, or the whole Space.
         model: a `BD3LMForMaskedLM`.
         tokenizer: its tokenizer.
         name: of the model, for the title.
+        overwrite: take the place of a Space in `folder`, or of a file. What else lies there, such as `.git`, stays.
 
     Raises:
-        ValueError: the folder holds something.
+        ValueError: the folder holds something, or is a file.
         ImportError: gradio, whose version the Space is to run, is missing.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"`folder` must be new or empty, but {folder} is not.")
+    check_folder("folder", folder, overwrite)
     try:
         sdk_version = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError("A Space needs gradio: pip install 'bd3lm-hf[app]'") from error
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "model")
-    shutil.copytree(PAGE, folder / PAGE_IN_SPACE, ignore=shutil.ignore_patterns("__pycache__"))
     # YAML would read some names as something else.
     title = "'" + name.replace("'", "''") + "'"
     files = {
@@ -94,8 +94,12 @@ def write_space(folder: str | Path, model: Any, tokenizer: PreTrainedTokenizerBa
         "README.md": README.format(name=name, title=title, sdk_version=sdk_version, page=PAGE_IN_SPACE),
         ".gitattributes": ATTRIBUTES,
     }
-    for path, text in files.items():
-        (folder / path).write_text(text, encoding="utf-8")
+    with replaced_folder("folder", folder, overwrite=overwrite) as new:
+        for part in (model, tokenizer):
+            part.save_pretrained(new / "model")
+        shutil.copytree(PAGE, new / PAGE_IN_SPACE, ignore=shutil.ignore_patterns("__pycache__"))
+        for path, text in files.items():
+            (new / path).write_text(text, encoding="utf-8")
 
 
 def requirements() -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from ..data.replacing import write_text
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..noise.intervals import chosen_noise_intervals
 from .published_files import ADAPTER_CONFIG_FILE, SUMMARY_FILE, is_on_hub, read_object, weight_files
@@ -193,7 +194,7 @@ class TrainingSummary:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        Path(folder, SUMMARY_FILE).write_text(self.to_json(), encoding="utf-8")
+        write_text(Path(folder, SUMMARY_FILE), self.to_json())
 
     @property
     def final_evaluations(self) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
+from ..data.replacing import move_into, write_text
 from ..hub.model_card import create_model_card
-from ..hub.published_files import CARD_FILE, check_place, check_private, check_repo_id, read_object
+from ..hub.published_files import CARD_FILE, STALE_FILES, check_place, check_private, check_repo_id, read_object
 from ..hub.publishing import prepare_files, upload
 from ..hub.training_summary import EMA_FILE, TrainingSummary
 
@@ -94,7 +95,29 @@ class PublishingMixin:
         output_dir.mkdir(parents=True, exist_ok=True)
         summary = self.save_summary(output_dir)
         repo_id = self.hub_model_id or self.args.hub_model_id or output_dir.absolute().name
-        create_model_card(summary, repo_id).save(output_dir / CARD_FILE)
+        write_text(output_dir / CARD_FILE, str(create_model_card(summary, repo_id)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As `Trainer.save_model`. The files are moved into the folder after all of them have been written, the
+        configuration last, and what an earlier model would have left there goes: shards, or the other of a model and
+        an adapter.
+        """
+        if _internal_call and output_dir is not None:
+            # A checkpoint is begun anew, and says itself when it is whole.
+            return super().save_model(output_dir, _internal_call)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        # All processes write there.
+        new = folder / ".saving"
+        if self.args.should_save:
+            shutil.rmtree(new, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super().save_model(str(new), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and new.is_dir():
+            move_into(new, folder, STALE_FILES)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def push_to_hub(
         self,
