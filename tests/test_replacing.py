@@ -187,13 +187,15 @@ def test_another_process_that_was_faster_is_not_overwritten(tmp_path):
 
 
 WRITER = """
+import runpy
 import sys
 from itertools import count
 from pathlib import Path
-from bd3lm_hf.data.replacing import replaced_folder
+# The file alone: the package would load torch.
+replaced_folder = runpy.run_path(sys.argv[1])["replaced_folder"]
 print("ready", flush=True)
 for number in count(1):
-    with replaced_folder("dest", sys.argv[1], overwrite=True, stale=["*"]) as new:
+    with replaced_folder("dest", sys.argv[2], overwrite=True, stale=["*"]) as new:
         for name in range(20):
             Path(new, f"{name}.txt").write_text(str(number))
 """
@@ -201,10 +203,9 @@ for number in count(1):
 
 def test_a_kill_at_any_time_leaves_the_old_or_the_new(tmp_path):
     numbers = set()
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    for kill in range(8):
-        command = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+    for kill in range(20):
+        command = [sys.executable, "-c", WRITER, replacing.__file__, str(tmp_path / "out")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             time.sleep(random.Random(kill).uniform(0.02, 0.2))
             process.send_signal(signal.SIGKILL)
