@@ -53,7 +53,7 @@ test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q --device cuda
 
 demo: $(INSTALLED)
-	$(BIN)/bd3lm demo
+	$(BIN)/bd3lm demo --overwrite
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

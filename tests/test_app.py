@@ -384,7 +384,7 @@ def test_a_space_is_written_into_a_new_folder_alone(checkpoint, tmp_path, capsys
     assert {re.split("[>=<]", line)[0] for line in required} == {"torch", "transformers", "numpy", "safetensors"}
     compile((folder / "app.py").read_text(encoding="utf-8"), "app.py", "exec")
     assert main(command) == 2
-    assert f"`folder` must be new or empty, but {folder} is not" in capsys.readouterr().err
+    assert f"`--space` must be a new or an empty folder, but {folder} holds" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_page_on_the_app_run(checkpoint, monkeypatch, tmp_path):

@@ -493,7 +493,7 @@ def test_what_the_tensors_do_not_say_is_asked_for(tmp_path):
     del state_dict["backbone.rotary_emb.inv_freq"]
     path, *_ = write_ckpt(tmp_path, state_dict=state_dict, hyper_parameters=None)
     with pytest.raises(ValueError, match="give `num_attention_heads`"):
-        convert_checkpoint(path, tmp_path / "converted", block_size=8, max_position_embeddings=32)
+        convert_checkpoint(path, tmp_path / "other", block_size=8, max_position_embeddings=32)
 
 
 def test_an_option_cannot_contradict_the_checkpoint(tmp_path):
