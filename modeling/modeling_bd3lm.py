@@ -258,7 +258,7 @@ class BD3LMPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, with the sources beside the weights; raises a ValueError for a file."""
+        """As `PreTrainedModel.save_pretrained`, and the sources beside the weights; raises a ValueError for a file."""
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory` must be a folder, but {save_directory} is a file.")
         # Transformers copies what this file imports; the network has no need of it.

@@ -584,7 +584,7 @@ def test_a_mask_token_that_is_not_the_last_one_must_be_the_models(published, tmp
     with pytest.raises(
         ValueError, match=f"`mask_token_id` must be an id 0 <= id < {VOCAB_SIZE}, but got {VOCAB_SIZE}"
     ):
-        convert_checkpoint(published, tmp_path / "converted", mask_token_id=VOCAB_SIZE)
+        convert_checkpoint(published, tmp_path / "other", mask_token_id=VOCAB_SIZE)
 
 
 def test_the_gpt2_tokenizer_of_the_published_models_gets_the_last_id_for_its_mask_token(shared_dir, tmp_path):
