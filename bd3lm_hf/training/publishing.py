@@ -163,18 +163,14 @@ class PublishingMixin:
         As Trainer's, in a single commit, from the checkpoint itself. Trainer would copy its weights into `output_dir`
         and upload that, with whatever lies in it.
         """
-        strategy, pushes = self.args.hub_strategy, self.push_in_progress
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+        pushes = self.push_in_progress
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         if not self.args.hub_always_push and pushes is not None and not pushes.is_done():
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:
-            files = prepare_files(checkpoint_folder, self.hub_model_id)
-            if strategy != HubStrategy.EVERY_SAVE:
-                name = Path(checkpoint_folder).name if strategy == HubStrategy.ALL_CHECKPOINTS else LAST_CHECKPOINT
-                state = files | training_state(checkpoint_folder)
-                files |= {f"{name}/{path}": file for path, file in state.items()}
+            files = self._files_of_checkpoint(Path(checkpoint_folder))
         except ValueError as error:
             # What cannot be published is no reason to end the training: `push_to_hub` at its end says so again.
             logger.warning(f"{checkpoint_folder} is not pushed: {error}")
@@ -202,6 +198,15 @@ class PublishingMixin:
             self.push_in_progress = PushInProgress([job])
         else:
             pushes.jobs.append(job)
+
+    def _files_of_checkpoint(self, checkpoint: Path) -> dict[str, Path | bytes]:
+        """What of a checkpoint is pushed, by its path in the repository."""
+        files, strategy = prepare_files(checkpoint, self.hub_model_id), self.args.hub_strategy
+        if strategy == HubStrategy.EVERY_SAVE:
+            return files
+        name = checkpoint.name if strategy == HubStrategy.ALL_CHECKPOINTS else LAST_CHECKPOINT
+        state = files | training_state(checkpoint)
+        return files | {f"{name}/{path}": file for path, file in state.items()}
 
     def save_summary(self, folder: str | Path, is_checkpoint: bool = False) -> TrainingSummary | None:
         """Records what the card of the model saved in `folder` shall tell; a checkpoint has the trained weights."""
