@@ -1,0 +1,172 @@
+"""Loading a model that is whole: what its checkpoint lacks, and what in it is no number, is an error, not a warning."""
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+
+# No published network comes near it; each layer is an object, so that a wrong number would take hours to build.
+MOST_LAYERS = 10_000
+# So many names tell what is wrong.
+MOST_NAMES = 5
+
+
+def load_whole(
+    model_class: Any, name_or_path: str | Path, *, device: str | torch.device | None = None, **options: Any
+) -> PreTrainedModel:
+    """
+    A model with all its weights, in evaluation mode on a device.
+
+    Transformers draws at random what a checkpoint lacks, and goes on; here that is an error, raised before memory is
+    taken for the weights.
+
+    Args:
+        model_class: Whose `from_pretrained` loads it: a model class, or an Auto class.
+        name_or_path: Folder or Hub id of a checkpoint.
+        device: Where to put it; see [`check_device`].
+        options: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, lacks weights, has some that the model has not or that are of
+            another shape, or that are NaN or infinite, or its configuration asks for an absurd size; the message names
+            them. Also a device that there is not.
+        OSError: there is no such checkpoint.
+    """
+    if device is not None:
+        device = check_device(device)
+    name = str(name_or_path)
+    with _told_as_value_error(name):
+        config = getattr(model_class, "config_class", None) or AutoConfig
+        config = config.from_pretrained(name, **_of_the_hub(options))
+        check_size(config)
+    is_plain = getattr(config, "quantization_config", None) is None and not Path(name, ADAPTER_CONFIG_NAME).is_file()
+    # Names and shapes come first, without the weights: what is missing could be larger than the machine.
+    for where in [{"device_map": "meta"}, {}] if is_plain else [{}]:
+        with _told_as_value_error(name), _without_loading_report():
+            model, info = model_class.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **options, **where
+            )
+        check_loading_info(info, name, allow_unexpected=not hasattr(model, "token_nats"))
+    check_finite(model.state_dict().items(), name)
+    model.eval()
+    return model if device is None else model.to(device)
+
+
+def check_loading_info(info: dict[str, Any], name: str, allow_unexpected: bool = False) -> None:
+    """
+    Whether a model got each weight that it has.
+
+    Args:
+        info: What `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` returned.
+        name: What the error calls the checkpoint.
+        allow_unexpected: Whether the checkpoint may hold more, as one of a larger model does.
+
+    Raises:
+        ValueError: it did not.
+    """
+    faults = []
+    if missing := sorted(info["missing_keys"]):
+        faults.append(f"lacks {_some(missing)}")
+    if mismatched := sorted(info["mismatched_keys"]):
+        described = [f"{key} of shape {list(found)} for {list(wanted)}" for key, found, wanted in mismatched]
+        faults.append(f"holds {_some(described)}")
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected and not allow_unexpected:
+        faults.append(f"holds {_some(unexpected)}, which the model of its configuration has not")
+    if faults:
+        raise ValueError(f"`model` must be a whole checkpoint, but {name!r} {' and '.join(faults)}.")
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
+    """
+    Whether weights are numbers.
+
+    Args:
+        tensors: Names and weights; those of integers are passed over.
+        name: What the error calls the checkpoint.
+
+    Raises:
+        ValueError: there is NaN or infinity in one.
+    """
+    spoilt = [key for key, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
+    if spoilt:
+        raise ValueError(f"`model` must hold finite weights, but {name!r} has NaN or infinity in {_some(spoilt)}.")
+
+
+def check_size(config: PreTrainedConfig) -> None:
+    """
+    Refuses what nobody could build.
+
+    Raises:
+        ValueError: a configuration asks for more layers than any network has.
+    """
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers > MOST_LAYERS:
+        raise ValueError(f"`num_hidden_layers` must be at most {MOST_LAYERS}, but got {num_layers}.")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """
+    The device of this name.
+
+    Raises:
+        ValueError: there is no such device on this machine.
+    """
+    try:
+        # CUDA says only when it is used that it is not there, and in a build without it by an assertion.
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"`device` must be one of this machine, such as cpu, cuda or cuda:1, but got {str(device)!r}: {reason}"
+        ) from error
+    if found.type == "meta":
+        raise ValueError("`device` must be one that holds numbers, such as cpu, cuda or cuda:1, but got 'meta'.")
+    return found
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # Types of eight bits have no such function.
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+
+
+def _of_the_hub(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+    return {name: options[name] for name in names if name in options}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+@contextlib.contextmanager
+def _told_as_value_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError):
+        # Transformers and this package say themselves what is wrong.
+        raise
+    except Exception as error:
+        # A file that is cut short or holds something else fails wherever its reader happens to notice.
+        raise ValueError(
+            f"`model` must be a checkpoint that can be read, but {name!r} is not: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Keeps back Transformers' table of what is missing, which the error tells in a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
