@@ -1,6 +1,7 @@
-"""Loading a model that is whole: what its checkpoint lacks, and what in it is no number, is an error, not a warning."""
+"""Loading a model that is whole: what its checkpoint lacks, or holds that is no number, is an error."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers.utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 # No published network comes near it; each layer is an object, so that a wrong number would take hours to build.
@@ -42,17 +44,19 @@ def load_whole(
         device = check_device(device)
     name = str(name_or_path)
     with _told_as_value_error(name):
-        config = getattr(model_class, "config_class", None) or AutoConfig
-        config = config.from_pretrained(name, **_of_the_hub(options))
+        base = _base_of_adapter(name) or name
+        config_class = getattr(model_class, "config_class", None) or AutoConfig
+        config = config_class.from_pretrained(base, **_of_the_hub(options))
         check_size(config)
-    is_plain = getattr(config, "quantization_config", None) is None and not Path(name, ADAPTER_CONFIG_NAME).is_file()
-    # Names and shapes come first, without the weights: what is missing could be larger than the machine.
-    for where in [{"device_map": "meta"}, {}] if is_plain else [{}]:
-        with _told_as_value_error(name), _without_loading_report():
+    # Names and shapes come first, without the weights: what is missing could be larger than the machine. What is told
+    # of an adapter says nothing of its base.
+    passes = [(base, {"device_map": "meta"}), (name, {})]
+    for source, where in passes if getattr(config, "quantization_config", None) is None else passes[1:]:
+        with _told_as_value_error(source), _without_loading_report():
             model, info = model_class.from_pretrained(
-                name, output_loading_info=True, ignore_mismatched_sizes=True, **options, **where
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options, **where
             )
-        check_loading_info(info, name, allow_unexpected=not hasattr(model, "token_nats"))
+        check_loading_info(info, source, allow_unexpected=not hasattr(model, "token_nats"))
     check_finite(model.state_dict().items(), name)
     model.eval()
     return model if device is None else model.to(device)
@@ -134,6 +138,12 @@ def check_device(device: str | torch.device) -> torch.device:
 def _is_finite(tensor: torch.Tensor) -> bool:
     # Types of eight bits have no such function.
     return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+
+
+def _base_of_adapter(name: str) -> str | None:
+    """What an adapter's base is called; None of a checkpoint that is no adapter, or cannot be read as one."""
+    path = find_adapter_config_file(name) if is_peft_available() else None
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def _of_the_hub(options: dict[str, Any]) -> dict[str, Any]:
