@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from .common import HelpFormatter, add_model_arguments, given, load_model, make_parser
+from .common import HelpFormatter, add_model_arguments, check_output, given, load_model, make_parser
 from .generate import GENERATION_ARGUMENTS
 
 
@@ -80,6 +80,7 @@ def run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.dpi < 1:
         raise ValueError(f"--dpi must be at least 1, but got {args.dpi}")
+    check_output(args.output)
     args.draw(args).savefig(args.output, dpi=args.dpi)
     print(f"saved to {args.output}")
 

@@ -52,6 +52,27 @@ def train_tokenizer(documents: "Dataset", vocab_size: int) -> PreTrainedTokenize
     return trained
 
 
+def read_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """
+    A tokenizer as it is.
+
+    Args:
+        name_or_path: A folder, or a repository id on the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except Exception as error:
+        # A file that holds something else fails wherever its reader notices, in Rust with a plain exception.
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"tokenizer={str(name_or_path)!r} could not be loaded; it takes a folder that holds a tokenizer or the "
+            f"id of a repository on the Hub: {kind}{error}"
+        ) from error
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     Load a tokenizer and give it the special tokens that block diffusion needs.
@@ -65,13 +86,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if it cannot be loaded, has no fast implementation or has none of the four boundary tokens.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer={str(name_or_path)!r} could not be loaded; it takes a folder that holds a tokenizer or the "
-            f"id of a repository on the Hub: {error}"
-        ) from error
+    tokenizer = read_tokenizer(name_or_path)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer={str(name_or_path)!r} is a {type(tokenizer).__name__} without a fast implementation, which "

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -51,28 +53,44 @@ def load_whole(
     # Names and shapes come first, without the weights: what is missing could be larger than the machine. What is told
     # of an adapter says nothing of its base.
     passes = [(base, {"device_map": "meta"}), (name, {})]
-    for source, where in passes if getattr(config, "quantization_config", None) is None else passes[1:]:
+    is_quantized = "quantization_config" in options or getattr(config, "quantization_config", None) is not None
+    for source, where in passes[1:] if is_quantized else passes:
         with _told_as_value_error(source), _without_loading_report():
             model, info = model_class.from_pretrained(
-                source, output_loading_info=True, ignore_mismatched_sizes=True, **options, **where
+                source, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True, **where}
             )
-        check_loading_info(info, source, allow_unexpected=not hasattr(model, "token_nats"))
+        check_loading_info(info, source, model)
     check_finite(model.state_dict().items(), name)
     model.eval()
     return model if device is None else model.to(device)
 
 
-def check_loading_info(info: dict[str, Any], name: str, allow_unexpected: bool = False) -> None:
+def model_type_of(name_or_path: str | Path) -> str | None:
     """
-    Whether a model got each weight that it has.
+    What the configuration of a checkpoint, or of an adapter's base, calls the kind of the model.
+
+    Raises:
+        ValueError: the configuration cannot be read.
+        OSError: there is none.
+    """
+    name = str(name_or_path)
+    with _told_as_value_error(name):
+        return PreTrainedConfig.get_config_dict(_base_of_adapter(name) or name)[0].get("model_type")
+
+
+def check_loading_info(info: dict[str, Any], name: str, model: nn.Module) -> None:
+    """
+    Whether a model got each weight that it has, and a checkpoint held no more than that.
+
+    A model of another kind than this package's may be a part of what its checkpoint holds, but not fewer layers.
 
     Args:
         info: What `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)` returned.
         name: What the error calls the checkpoint.
-        allow_unexpected: Whether the checkpoint may hold more, as one of a larger model does.
+        model: What was loaded.
 
     Raises:
-        ValueError: it did not.
+        ValueError: it did not; the message names the weights.
     """
     faults = []
     if missing := sorted(info["missing_keys"]):
@@ -80,9 +98,12 @@ def check_loading_info(info: dict[str, Any], name: str, allow_unexpected: bool =
     if mismatched := sorted(info["mismatched_keys"]):
         described = [f"{key} of shape {list(found)} for {list(wanted)}" for key, found, wanted in mismatched]
         faults.append(f"holds {_some(described)}")
-    unexpected = sorted(info["unexpected_keys"])
-    if unexpected and not allow_unexpected:
-        faults.append(f"holds {_some(unexpected)}, which the model of its configuration has not")
+    surplus = sorted(info["unexpected_keys"])
+    if not hasattr(model, "token_nats"):
+        of_a_layer = {re.sub(r"\d+", "*", key) for key in model.state_dict()}
+        surplus = [key for key in surplus if re.sub(r"\d+", "*", key) in of_a_layer]
+    if surplus:
+        faults.append(f"holds {_some(surplus)}, which the model of its configuration has not")
     if faults:
         raise ValueError(f"`model` must be a whole checkpoint, but {name!r} {' and '.join(faults)}.")
 
@@ -92,15 +113,24 @@ def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None
     Whether weights are numbers.
 
     Args:
-        tensors: Names and weights; those of integers are passed over.
+        tensors: Names and weights; integers are passed over, and what is offloaded.
         name: What the error calls the checkpoint.
 
     Raises:
-        ValueError: there is NaN or infinity in one.
+        ValueError: there is NaN or infinity in one, other than -inf in a bias.
     """
-    spoilt = [key for key, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]
+    spoilt = [key for key, tensor in tensors if not holds_numbers(tensor)]
     if spoilt:
         raise ValueError(f"`model` must hold finite weights, but {name!r} has NaN or infinity in {_some(spoilt)}.")
+
+
+def holds_numbers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any shape is free of NaN and infinities; a bias may be -inf, for what must never come."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    # Types of eight bits have no such functions.
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    return bool(tensor.isfinite().all() or (tensor.dim() == 1 and (tensor < torch.inf).all()))
 
 
 def check_size(config: PreTrainedConfig) -> None:
@@ -133,11 +163,6 @@ def check_device(device: str | torch.device) -> torch.device:
     if found.type == "meta":
         raise ValueError("`device` must be one that holds numbers, such as cpu, cuda or cuda:1, but got 'meta'.")
     return found
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # Types of eight bits have no such function.
-    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def _base_of_adapter(name: str) -> str | None:
