@@ -354,7 +354,7 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args):
             **config_fields,
             **attention,
         )
-        check_size(config)
+        check_size(config, BD3LMForMaskedLM)
         return BD3LMForMaskedLM(config)
     fixed = sorted(config_fields.keys() - set(ModelArguments.ADJUSTABLE))
     if fixed:

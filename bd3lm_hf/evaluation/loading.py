@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,10 +14,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
+from ..modeling.configuration_bd3lm import LARGEST
 
 
-# No published network comes near it; each layer is an object, so that a wrong number would take hours to build.
-MOST_LAYERS = 10_000
 # So many names tell what is wrong.
 MOST_NAMES = 5
 
@@ -133,16 +133,34 @@ def holds_numbers(tensor: torch.Tensor) -> bool:
     return bool(tensor.isfinite().all() or (tensor.dim() == 1 and (tensor < torch.inf).all()))
 
 
-def check_size(config: PreTrainedConfig) -> None:
+def check_size(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> None:
     """
-    Refuses what nobody could build.
+    Refuses what nobody could build, before it is built.
+
+    Args:
+        config: The configuration of a model.
+        model_class: With it, a new model is to be made, which has to fit into memory.
 
     Raises:
-        ValueError: a configuration asks for more layers than any network has.
+        ValueError: a configuration asks for more layers than any network has, or for a new model whose float32 weights
+            alone are larger than this machine's memory.
     """
-    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(num_layers, int) and num_layers > MOST_LAYERS:
-        raise ValueError(f"`num_hidden_layers` must be at most {MOST_LAYERS}, but got {num_layers}.")
+    num_layers, most = getattr(config.get_text_config(), "num_hidden_layers", None), LARGEST["num_hidden_layers"]
+    if isinstance(num_layers, int) and num_layers > most:
+        raise ValueError(f"`num_hidden_layers` must be at most {most}, but got {num_layers}.")
+    if model_class is None or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return
+    try:
+        with torch.device("meta"):
+            num_parameters = sum(parameter.numel() for parameter in model_class(config).parameters())
+    except RuntimeError as error:
+        raise ValueError(f"`config` must describe a model that can be built, but: {error}") from error
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * num_parameters > memory:
+        raise ValueError(
+            f"`config` must describe a model that fits into this machine's memory, {memory / 2**30:,.0f} GiB, but its "
+            f"{num_parameters:,} weights take {4 * num_parameters / 2**30:,.0f} GiB."
+        )
 
 
 def check_device(device: str | torch.device) -> torch.device:
