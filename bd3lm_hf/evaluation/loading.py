@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
+
 from ..modeling.configuration_bd3lm import LARGEST
 
 
