@@ -66,7 +66,7 @@ def test_every_command_explains_itself(command, capsys):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: bd3lm {command}" in text
-    assert "--traceback" in text
+    assert "--verbose" in text and "--traceback" in text
     if command != "demo":
         assert f"examples:\n  bd3lm {command} " in text
 
@@ -204,9 +204,12 @@ def test_a_tokenizer_of_another_model_is_refused(trained, corpus, shared_dir, tm
     assert "the tokenizer has 50258 tokens, but the model's vocab_size is" in error_of(evaluate, capsys)
 
 
-def test_traceback_is_shown_when_asked_for():
-    with pytest.raises(ValueError, match="does not exist"):
-        main(["train", "--data", "missing.txt", "--traceback"])
+@pytest.mark.parametrize("flag", ["--verbose", "--traceback"])
+def test_the_traceback_is_shown_before_the_line_when_asked_for(flag, capsys):
+    assert main(["train", "--data", "missing.txt", flag]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error and "load_table" in error
+    assert error.strip().splitlines()[-1].startswith("bd3lm train: error: data='missing.txt' does not exist")
 
 
 # evaluate

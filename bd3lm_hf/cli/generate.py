@@ -80,8 +80,9 @@ def run(argv: Sequence[str]) -> None:
     single = len(prompts) == 1 and args.num_return_sequences in (None, 1) and not args.json
     if args.stream and not single:
         raise ValueError(f"stream takes a single text without --json; it got {len(prompts)} prompts")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size={args.batch_size} must be at least 1")
+    for name in ("batch_size", "num_return_sequences"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
 
     from transformers import set_seed
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_peft_available
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..modeling.configuration_bd3lm import LARGEST
@@ -46,7 +47,7 @@ def load_whole(
     if device is not None:
         device = check_device(device)
     name = str(name_or_path)
-    with _told_as_value_error(name):
+    with told_as_value_error(name):
         base = _base_of_adapter(name) or name
         config_class = getattr(model_class, "config_class", None) or AutoConfig
         config = config_class.from_pretrained(base, **_of_the_hub(options))
@@ -56,7 +57,7 @@ def load_whole(
     passes = [(base, {"device_map": "meta"}), (name, {})]
     is_quantized = "quantization_config" in options or getattr(config, "quantization_config", None) is not None
     for source, where in passes[1:] if is_quantized else passes:
-        with _told_as_value_error(source), _without_loading_report():
+        with told_as_value_error(source), _quiet(is_first_pass=bool(where)):
             model, info = model_class.from_pretrained(
                 source, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True, **where}
             )
@@ -75,7 +76,7 @@ def model_type_of(name_or_path: str | Path) -> str | None:
         OSError: there is none.
     """
     name = str(name_or_path)
-    with _told_as_value_error(name):
+    with told_as_value_error(name):
         return PreTrainedConfig.get_config_dict(_base_of_adapter(name) or name)[0].get("model_type")
 
 
@@ -201,26 +202,38 @@ def _some(names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _told_as_value_error(name: str) -> Iterator[None]:
+def told_as_value_error(name: str, argument: str = "model") -> Iterator[None]:
+    """
+    Within it a checkpoint is read; what its reader stumbles over is a ValueError that names the checkpoint.
+
+    A file that is cut short, or holds something else, fails wherever its reader happens to notice.
+    """
     try:
         yield
     except (OSError, ValueError, ImportError):
         # Transformers and this package say themselves what is wrong.
         raise
     except Exception as error:
-        # A file that is cut short or holds something else fails wherever its reader happens to notice.
         raise ValueError(
-            f"`model` must be a checkpoint that can be read, but {name!r} is not: {type(error).__name__}: {error}"
+            f"`{argument}` must be a checkpoint that can be read, but {name!r} is not: {type(error).__name__}: {error}"
         ) from error
 
 
 @contextlib.contextmanager
-def _without_loading_report() -> Iterator[None]:
-    """Keeps back Transformers' table of what is missing, which the error tells in a line."""
+def _quiet(is_first_pass: bool) -> Iterator[None]:
+    """Keeps back Transformers' table of what is missing, which the error tells in a line, and a first pass's bar."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    hides_bar = is_first_pass and is_progress_bar_enabled()
+    logger.addFilter(_is_no_report)
+    if hides_bar:
+        disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_no_report)
+        if hides_bar:
+            enable_progress_bar()
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
