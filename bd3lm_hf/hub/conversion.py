@@ -135,7 +135,8 @@ def _parameters_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[st
     layers = [int(match[1]) for name in state_dict if (match := re.match(r"backbone\.blocks\.(\d+)\.", name))]
     if max(layers, default=0) >= len(state_dict):
         raise ValueError(
-            f"`state_dict` must hold the tensors of all layers, but it has {len(state_dict)} and a layer {max(layers)}."
+            f"`state_dict` must hold the tensors of all layers, but it has {len(state_dict)} and a layer "
+            f"{max(layers)}."
         )
     adaln = any(re.search("adaLN|sigma_map", name) for name in state_dict)
     parameters = published_parameters(max(layers, default=0) + 1, adaln)
