@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MASK_TOKEN = "[MASK]"
+# Documents that are encoded at once.
+ENCODING_BATCH_SIZE = 1000
 
 
 def train_tokenizer(documents: "Dataset", vocab_size: int) -> PreTrainedTokenizerFast:
@@ -174,9 +177,11 @@ def encode_documents(texts: Iterable[str | None], tokenizer: PreTrainedTokenizer
         tokenizer: a tokenizer with BOS and EOS.
     """
     texts = [text for text in texts if text]
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )
-    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    rows = []
+    with tqdm(total=len(texts), desc="Tokenizing", unit=" documents", delay=2) as bar:
+        for start in range(0, len(texts), ENCODING_BATCH_SIZE):
+            batch = texts[start : start + ENCODING_BATCH_SIZE]
+            rows += tokenizer(batch, verbose=False, **options)["input_ids"]
+            bar.update(len(batch))
+    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in rows]
