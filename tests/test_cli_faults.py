@@ -76,9 +76,20 @@ UNREADABLE = {
     "cut": (cut_by_a_byte, "not fully covered"),
     "empty_weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors|header"),
     "text_for_weights": (lambda folder: (folder / "model.safetensors").write_text("weights " * 99), "eader"),
-    "list": (lambda folder: (folder / "config.json").write_text("[]"), "mapping, not list"),
-    "number": (lambda folder: (folder / "config.json").write_text("3"), "not iterable"),
-    "cut_config": (lambda folder: (folder / "config.json").write_text('{"model_type": "bd'), "not a valid JSON"),
+    "list": (lambda folder: (folder / "config.json").write_text("[]"), "must be a mapping, but got a list"),
+    "number": (lambda folder: (folder / "config.json").write_text("3"), "must be a mapping, but got a int"),
+    "cut_config": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "bd'),
+        "must be JSON, but is not",
+    ),
+    "deep": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "must be JSON, but is not"),
+    # Transformers would go on without.
+    "cut_settings": (
+        lambda folder: (folder / "generation_config.json").write_text('{"temperature": 0.'),
+        "`generation_config.json`",
+    ),
+    "settings": (lambda folder: (folder / "generation_config.json").write_text("[]"), "`generation_config.json`"),
+    "setting": (lambda folder: (folder / "generation_config.json").write_text('{"top_p": "x"}'), "`top_p` must be"),
     "size": (lambda folder: change_json(folder / "config.json", hidden_size="32"), "`hidden_size` must be an integer"),
     "flag": (lambda folder: change_json(folder / "config.json", adaln="no"), "`adaln` must be of the type bool"),
     "interval": (lambda folder: change_json(folder / "config.json", noise_interval=3), "`noise_interval` must be of"),
@@ -277,6 +288,31 @@ def test_a_trainer_state_of_the_wrong_type_is_one_line(tmp_path, content, capsys
     command = ["plot", "training", tmp_path, "--output", tmp_path / "training.png"]
     assert line_of(command, capsys).startswith("bd3lm plot: error: ")
     assert not (tmp_path / "training.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "message"),
+    [
+        ("--likelihood=a=", "[]", "must hold a JSON object, but got []"),
+        ("--likelihood=a=", "3", "must hold a JSON object, but got 3"),
+        ("--likelihood=a=", '{"nelbo', "is no JSON"),
+        ("--sampler_results=", "3", "must hold a JSON list, but got 3"),
+        ("--sampler_results=", "[3]", "`sampler_results` must be a list of mappings"),
+        ("--card=", None, "No such file"),
+    ],
+)
+def test_figures_of_the_wrong_type_are_one_line(whole, tmp_path, flag, content, message, capsys):
+    if content is not None:
+        (tmp_path / "file.json").write_text(content)
+    push = ["push", whole / "model", "user/name", "--dry_run", f"{flag}{tmp_path / 'file.json'}"]
+    assert message in line_of(push, capsys)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[]", "3", '{"a'])
+def test_a_folder_with_json_of_the_wrong_type_is_not_published(copy, name, content, capsys):
+    (copy / "model" / name).write_text(content)
+    assert f"`{name}` of" in line_of(["push", copy / "model", "user/name", "--dry_run"], capsys)
 
 
 # Disks.

@@ -20,7 +20,7 @@ from ..data.tokenization import check_tokenizer, load_tokenizer
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 from .estimators import ESTIMATOR_NAMES, BlockDiffusionScorer, CausalScorer, DrawnNoise, ExactNoise
-from .loading import load_whole, model_type_of
+from .loading import check_json_files, load_whole, model_type_of
 from .mode import evaluation_mode
 from .windows import Window, choose_window, cut_windows, most_predicted_in_a_block
 
@@ -296,12 +296,13 @@ def load_for_evaluation(
         ValueError: there is no such tokenizer or device, the tokenizer is not that of the model, or the checkpoint is
             not whole; see [`load_whole`].
     """
+    check_json_files(model)
     loaded_tokenizer = load_tokenizer(tokenizer or model)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     options = {name: value for name, value in options.items() if value is not None}
+    device = PartialState().device if device is None else device
     # The published checkpoints name types that Transformers doesn't know.
     model_type = model_type_of(model)
-    device = PartialState().device if device is None else device
     if model_type in CONFIG_MAPPING and model_type != BD3LMConfig.model_type:
         loaded = load_whole(AutoModelForCausalLM, model, device=device, **options)
     else:

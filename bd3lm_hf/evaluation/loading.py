@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    is_peft_available,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..modeling.configuration_bd3lm import LARGEST
 
 
+# What a folder says of its model.
+JSON_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME)
 # So many names tell what is wrong.
 MOST_NAMES = 5
 
@@ -42,11 +51,13 @@ def load_whole(
         ValueError: the checkpoint cannot be read, lacks weights, has some that the model has not or that are of
             another shape, or that are NaN or infinite, or its configuration asks for an absurd size; the message names
             them. Also a device that there is not.
+        SafetensorError: a file of weights is cut short.
         OSError: there is no such checkpoint.
     """
     if device is not None:
         device = check_device(device)
     name = str(name_or_path)
+    check_json_files(name)
     with told_as_value_error(name):
         base = _base_of_adapter(name) or name
         config_class = getattr(model_class, "config_class", None) or AutoConfig
@@ -67,6 +78,29 @@ def load_whole(
     return model if device is None else model.to(device)
 
 
+def check_json_files(folder: str | Path) -> None:
+    """
+    Whether what a folder says of its model is JSON, and a mapping; without that, Transformers passes over some of it.
+
+    Args:
+        folder: The folder of a checkpoint. A Hub id, and a file that is not there, are passed over.
+
+    Raises:
+        ValueError: a file holds something else; the message names it.
+    """
+    for path in (Path(folder, name) for name in JSON_FILES):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"`{path.name}` of {str(folder)!r} must be JSON, but is not: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"`{path.name}` of {str(folder)!r} must be a mapping, but got a {type(content).__name__}."
+            )
+
+
 def model_type_of(name_or_path: str | Path) -> str | None:
     """
     What the configuration of a checkpoint, or of an adapter's base, calls the kind of the model.
@@ -76,6 +110,7 @@ def model_type_of(name_or_path: str | Path) -> str | None:
         OSError: there is none.
     """
     name = str(name_or_path)
+    check_json_files(name)
     with told_as_value_error(name):
         return PreTrainedConfig.get_config_dict(_base_of_adapter(name) or name)[0].get("model_type")
 
@@ -204,7 +239,8 @@ def _some(names: list[str]) -> str:
 @contextlib.contextmanager
 def told_as_value_error(name: str, argument: str = "model") -> Iterator[None]:
     """
-    Within it a checkpoint is read; what its reader stumbles over is a ValueError that names the checkpoint.
+    Within it a checkpoint is read; what its reader stumbles over is a ValueError that names the checkpoint, and what
+    safetensors does a SafetensorError.
 
     A file that is cut short, or holds something else, fails wherever its reader happens to notice.
     """
@@ -214,7 +250,8 @@ def told_as_value_error(name: str, argument: str = "model") -> Iterator[None]:
         # Transformers and this package say themselves what is wrong.
         raise
     except Exception as error:
-        raise ValueError(
+        told = SafetensorError if isinstance(error, SafetensorError) else ValueError
+        raise told(
             f"`{argument}` must be a checkpoint that can be read, but {name!r} is not: {type(error).__name__}: {error}"
         ) from error
 
