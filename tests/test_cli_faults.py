@@ -423,6 +423,20 @@ def test_an_interrupted_process_ends_with_130(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1, 3])
+def test_a_process_that_is_interrupted_while_it_imports_ends_with_130(seconds):
+    script = "import sys, bd3lm_command; print('started', flush=True); sys.exit(bd3lm_command.main())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script, "demo"], **pipes)
+    assert process.stdout.readline() == "started\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.strip().splitlines()[-1] in ("bd3lm: interrupted", "bd3lm demo: interrupted")
+
+
+@pytest.mark.slow
 def test_a_process_whose_output_does_not_arrive_ends_with_one_line(whole):
     with open("/dev/full", "w") as full:
         process = start("generate", whole / "model", "def", "--max_new_tokens", "2", stdout=full)
