@@ -204,8 +204,7 @@ def validate_noise_interval(noise_interval: tuple[float, float]) -> None:
     Raises a ValueError unless 0 <= beta <= omega <= 1 and omega > 0 hold of the `noise_interval`. beta = omega fixes
     t, which makes block size 1 autoregressive.
     """
-    is_pair = len(noise_interval) == 2 and all(isinstance(end, (int, float)) for end in noise_interval)
-    if not is_pair or not 0 <= noise_interval[0] <= noise_interval[1] <= 1 or noise_interval[1] == 0:
+    if len(noise_interval) != 2 or not 0 <= noise_interval[0] <= noise_interval[1] <= 1 or noise_interval[1] == 0:
         raise ValueError(
             "`noise_interval` must be a pair (beta, omega) with 0 <= beta <= omega <= 1 and omega > 0, but got "
             f"{tuple(noise_interval)}."

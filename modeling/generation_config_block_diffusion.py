@@ -17,10 +17,9 @@ def is_integer(value: object, least: int) -> bool:
 
 
 def argument_rules() -> dict[str, tuple[Callable[[Any], bool], str]]:
-    """For arguments that [`BD3LMGenerationConfig`] adds or checks, a test of every value but None, and the rule."""
+    """For each argument that [`BD3LMGenerationConfig`] adds or checks, a test of all values but None, and the rule."""
     share = (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]")
     return {
-        # Transformers takes others for none.
         **dict.fromkeys(("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), share),
         "no_repeat_ngram_size": (lambda value: is_integer(value, 0), "an integer >= 0"),
         "sampler": (
