@@ -35,6 +35,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=["bd3lm_hf", *(f"bd3lm_hf.{room}" for room in ROOMS), "bd3lm_hf.modeling"],
+    py_modules=["bd3lm_command"],
     # The folder that travels to the Hub stays visible as one folder of the repository.
     package_dir={"bd3lm_hf": "bd3lm_hf", "bd3lm_hf.modeling": "modeling"},
     # `evaluate.load` reads the metrics as files.
@@ -82,5 +83,5 @@ setup(
             *DOCS,
         ],
     },
-    entry_points={"console_scripts": ["bd3lm = bd3lm_hf.cli:main"]},
+    entry_points={"console_scripts": ["bd3lm = bd3lm_command:main"]},
 )

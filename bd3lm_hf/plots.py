@@ -290,7 +290,7 @@ def plot_training(trainer_state: str | Path | Mapping[str, Any]) -> "Figure":
         A figure with one panel for each unit.
 
     Raises:
-        ValueError: there is no such file, or nothing was logged.
+        ValueError: there is no such file, it holds something else, or nothing was logged.
         ImportError: matplotlib is missing.
     """
     history = _log_history(trainer_state)
@@ -330,10 +330,20 @@ def _log_history(trainer_state: str | Path | Mapping[str, Any]) -> list[Mapping[
         path = path / TRAINER_STATE if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f"`trainer_state` must be a {TRAINER_STATE} or a folder with one, but got {path}.")
-        trainer_state = json.loads(path.read_text(encoding="utf-8"))
-    return trainer_state.get("log_history", [])
+        try:
+            trainer_state = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"`trainer_state` must be JSON, but {path} is not: {error}") from error
+    history = trainer_state.get("log_history", []) if isinstance(trainer_state, Mapping) else None
+    if not isinstance(history, list) or not all(isinstance(entry, Mapping) for entry in history):
+        raise ValueError("`trainer_state` must be a mapping whose `log_history` is a list of mappings, but is not.")
+    return history
 
 
 def _points(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) of each entry that holds it."""
-    return [(entry["step"], entry[name]) for entry in history if name in entry]
+    points = [(entry.get("step"), entry[name]) for entry in history if name in entry]
+    for point in points:
+        if not all(isinstance(number, (int, float)) for number in point):
+            raise ValueError(f"`trainer_state` must hold a number as `step` and as `{name}`, but got {point}.")
+    return points

@@ -12,6 +12,8 @@ PUBLISHED_FIELDS = {
     "model_length": "max_position_embeddings",
     "dropout": "hidden_dropout",
 }
+# More than any network has; float32 tells so many positions apart.
+LARGEST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**24}
 NOISE_SCHEDULE_NAMES = ("loglinear", "square", "square_root", "log", "cosine")
 
 
@@ -76,11 +78,11 @@ class BD3LMConfig(PreTrainedConfig):
     mask_token_id: int | None = None
     ignore_bos: bool = True
     rope_theta: float | int = 10000.0
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: int | list | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any):
@@ -132,7 +134,7 @@ class BD3LMConfig(PreTrainedConfig):
             self.block_size = self.max_position_embeddings
         if "sampling_eps_min" in kwargs or "sampling_eps_max" in kwargs:
             self.noise_interval = (kwargs.pop("sampling_eps_min", 1e-3), kwargs.pop("sampling_eps_max", 1.0))
-        self.noise_interval = tuple(self.noise_interval)
+        self.noise_interval = tuple(value) if isinstance(value := self.noise_interval, list) else value
         # Of the training run or of its machine; nothing here depends on them.
         for unused in ("attn_backend", "var_min"):
             kwargs.pop(unused, None)
@@ -174,6 +176,7 @@ class BD3LMConfig(PreTrainedConfig):
         for field in sizes:
             value = getattr(self, field)
             self._require(isinstance(value, int) and value is not True and value >= 1, field, "an integer >= 1")
+            self._require(value <= LARGEST.get(field, value), field, f"at most {LARGEST.get(field)}")
         divides = self.hidden_size % self.num_attention_heads == 0
         self._require(divides, "num_attention_heads", f"a divisor of `hidden_size` ({self.hidden_size})")
         if self.head_dim % 2:
@@ -185,6 +188,9 @@ class BD3LMConfig(PreTrainedConfig):
         self._require(self.block_size <= longest, "block_size", f"at most `max_position_embeddings` ({longest})")
 
     def _validate_choices(self) -> None:
+        for field, kind in BD3LMConfig.__annotations__.items():
+            rule = f"of the type {kind.__name__ if isinstance(kind, type) else kind}"
+            self._require(isinstance(getattr(self, field), kind), field, rule)
         self._require(0 <= self.hidden_dropout < 1, "hidden_dropout", "a probability in [0, 1)")
         rule = f"an id inside the vocabulary, 0 <= id < {self.vocab_size}"
         self._require(0 <= self.mask_token_id < self.vocab_size, "mask_token_id", rule)

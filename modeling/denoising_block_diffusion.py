@@ -216,7 +216,8 @@ class Denoiser:
         """Gives a streamer that takes them the tokens of an unfinished block."""
         canvas, record = self.canvas, self.record
         if hasattr(streamer, "put_draft"):
-            streamer.put_draft(block[canvas.is_new(columns)].cpu())
+            is_shown = (columns >= canvas.first_gap) & (columns < canvas.prompt_width + canvas.num_new)
+            streamer.put_draft(block[is_shown].cpu())
         if hasattr(streamer, "put_reveal") and record.reveal_steps is not None:
             shown = (canvas.tokens, record.reveal_steps, record.token_probabilities)
             streamer.put_reveal(*(part[:, : canvas.prompt_width + canvas.num_new].cpu() for part in shown))

@@ -1,5 +1,6 @@
 """Block-wise generation: `generate` of Transformers, with a denoising loop in place of one token after the other."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -44,7 +45,15 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     4. Cut the rows where they ended.
     """
 
-    generate = accepts_past_key_values(GenerationMixin.generate)
+    @accepts_past_key_values
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, streamer: Any = None, **kwargs: Any):
+        # Transformers would show a streamer the prompts with their gaps.
+        return super().generate(*args, shown_to=streamer, **kwargs)
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, kwargs: dict[str, Any], *args: Any):
+        streamer = kwargs.pop("shown_to", None)
+        return super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args) | {"streamer": streamer}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
@@ -98,9 +107,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs(model_kwargs)
-        known = {"input_ids", "inputs_embeds", "attention_mask", "use_cache", *CACHE_NAMES}
-        # What the generation config asks for is checked with it.
-        known |= {"output_hidden_states", "output_attentions"}
+        # What the generation config asks for, the outputs, is checked with it.
+        outputs = ("output_hidden_states", "output_attentions")
+        known = {"input_ids", "inputs_embeds", "attention_mask", "use_cache", *CACHE_NAMES, *outputs}
         if surplus := sorted(name for name, value in model_kwargs.items() if value is not None and name not in known):
             raise ValueError(
                 f"`generate` counts positions and draws noise itself and takes no {surplus}, which `forward` does."

@@ -17,15 +17,18 @@ def is_integer(value: object, least: int) -> bool:
 
 
 def argument_rules() -> dict[str, tuple[Callable[[Any], bool], str]]:
-    """For each argument that [`BD3LMGenerationConfig`] adds, a test of every value but None, and the rule in words."""
+    """For each argument that [`BD3LMGenerationConfig`] adds or checks, a test of all values but None, and the rule."""
+    share = (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]")
     return {
+        **dict.fromkeys(("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), share),
+        "no_repeat_ngram_size": (lambda value: is_integer(value, 0), "an integer >= 0"),
         "sampler": (
             lambda value: isinstance(value, Sampler) or value in list(SAMPLERS),
             f"one of {', '.join(SAMPLERS)}, or a Sampler",
         ),
         "denoising_steps": (lambda value: is_integer(value, 1), "an integer >= 1"),
         "noise_schedule": (lambda value: value in NOISE_SCHEDULE_NAMES, f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"),
-        "remask_cap": (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]"),
+        "remask_cap": share,
         "confidence_threshold": (lambda value: 0 < value <= 1, "in (0, 1]"),
         "confidence": (lambda value: value in CONFIDENCES, f"one of {', '.join(CONFIDENCES)}"),
         "entropy_bound": (lambda value: value >= 0, "a number of nats >= 0"),
@@ -75,7 +78,7 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs: Any):
         for name in argument_rules():
-            setattr(self, name, kwargs.pop(name, None))
+            setattr(self, name, kwargs.get(name))
         super().__init__(**kwargs)
 
     @staticmethod

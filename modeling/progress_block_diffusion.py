@@ -47,6 +47,7 @@ class Canvas:
         first_column: column of each row's position 0 [batch].
         prompt_width: columns of the prompts, padding included.
         num_new: columns to generate.
+        first_gap: the first column that is to be filled in any row.
     """
 
     def __init__(self, config, input_ids: Tensor, attention_mask: Tensor | None, gaps: Tensor, num_new: int):
@@ -64,6 +65,7 @@ class Canvas:
         # Where nothing is to be filled, all of the prompt comes before it.
         first_gap = torch.cat([gaps, torch.ones_like(gaps[:, :1])], dim=1).int().argmax(-1)
         self.num_clean = (first_gap - self.first_column) // self.block_size * self.block_size
+        self.first_gap = int(first_gap.min())
 
     @property
     def prompt_length(self) -> Tensor:
@@ -113,7 +115,9 @@ class RowProgress:
         batch_size, device = canvas.tokens.shape[0], canvas.tokens.device
         self.unfinished = torch.ones(batch_size, dtype=torch.bool, device=device)
         self.num_generated = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.num_streamed = 0
+        self.num_streamed = canvas.first_gap
+        if streamer is not None:
+            streamer.put(canvas.tokens[:, : canvas.first_gap].cpu())
         self.stopping_criteria = copy.copy(criteria)
         if generation_config.entropy_stop_threshold is not None:
             rule = (generation_config.entropy_stop_threshold, generation_config.entropy_stop_window)
@@ -146,16 +150,17 @@ class RowProgress:
         if self.pad_token_id is not None:
             canvas.tokens.masked_fill_(self._after_end(), self.pad_token_id)
         if self.streamer is not None:
-            self._stream()
+            self._stream(canvas.columns(stage)[:, -1] + 1)
 
-    def _stream(self) -> None:
-        ended = torch.where(self.unfinished, self.num_generated, self.canvas.num_new)
-        ready = min(int(ended.min()), int(self.num_generated.max()))
-        start = self.canvas.prompt_width
-        new_tokens = self.canvas.tokens[:, start + self.num_streamed : start + ready].cpu()
+    def _stream(self, block_end: Tensor) -> None:
+        """Shows the columns that are known in every row; `block_end` [batch] comes after each row's finished block."""
+        width = self.canvas.prompt_width
+        known = torch.where(self.unfinished, block_end, width + self.canvas.num_new)
+        ready = min(int(known.min()), width + int(self.num_generated.max()))
+        columns = self.canvas.tokens[:, self.num_streamed : ready].cpu()
         self.num_streamed = ready
         # One row at once, several column by column.
-        for tokens in new_tokens if len(new_tokens) == 1 else new_tokens.unbind(1):
+        for tokens in columns if len(columns) == 1 else columns.unbind(1):
             self.streamer.put(tokens)
 
     def _after_end(self) -> Tensor:

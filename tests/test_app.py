@@ -1,10 +1,14 @@
 """The app: frames are what `generate` reveals, figures are those of the package, and nothing shown is markup."""
 
+import json
 import re
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -366,6 +370,58 @@ def test_the_command_serves_the_page_of_a_checkpoint(checkpoint, monkeypatch):
     assert (options["server_name"], options["server_port"]) == ("127.0.0.1", 7777)
     assert page.title == "it's: block diffusion" and not page.analytics_enabled
     assert {dependency.api_name for dependency in page.fns.values()} >= {"write", "fill"}
+
+
+@pytest.fixture
+def served_page(filler):
+    """The address of a page, and the folder in which gradio keeps files."""
+    from bd3lm_hf.app import launch_options, make_page
+
+    page = make_page(filler, "tiny")
+    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **launch_options())
+    yield address.rstrip("/"), Path(page.app.uploaded_file_dir)
+    page.close()
+
+
+def post(address, body, content_type="application/json"):
+    """The status and the content of the answer to a request."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(address, data=body, headers={"Content-Type": content_type})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_page_takes_no_files(served_page):
+    address, folder = served_page
+    secret = f"no file {time.time_ns()}"
+    head = 'Content-Disposition: form-data; name="files"; filename="a.txt"'
+    form = f"--border\r\n{head}\r\nContent-Type: text/plain\r\n\r\n{secret}\r\n--border--\r\n".encode()
+    for path in ("upload", "upload/", "upload?upload_id=1", "process_recording", "component_server", "call/write"):
+        for start in ("", "/gradio_api"):
+            status, answer = post(f"{address}{start}/{path}", form, "multipart/form-data; boundary=border")
+            assert (status, answer) == (403, "This page takes no files.")
+    assert post(f"{address}/gradio_api/upload", secret.encode(), "text/plain")[0] == 403
+    # Gradio would take a file by its path or address, too.
+    for named in ({"path": "/etc/hostname"}, {"path": "x", "url": f"{address}/config"}):
+        data = [{**named, "meta": {"_type": "gradio.FileData"}}, 4, *CHOICES]
+        body = json.dumps({"data": data})
+        for spelled in (body, body.replace("gradio.", "gradio\\u002e")):
+            assert post(f"{address}/gradio_api/call/write", spelled.encode())[0] == 403
+    assert post(f"{address}/gradio_api/call/write", b" " * 1_000_001)[0] == 413
+    kept = [path for path in folder.rglob("*") if path.is_file() and secret in path.read_text(errors="replace")]
+    assert kept == []
+
+
+def test_the_page_takes_texts(served_page):
+    address, _ = served_page
+    status, answer = post(f"{address}/gradio_api/call/fill", {"data": ["def ___", 4, *CHOICES]})
+    assert status == 200
+    event = json.loads(answer)["event_id"]
+    with urllib.request.urlopen(f"{address}/gradio_api/call/fill/{event}", timeout=60) as answer:
+        assert "nats per token" in answer.read().decode()
 
 
 def test_a_space_is_written_into_a_new_folder_alone(checkpoint, tmp_path, capsys):

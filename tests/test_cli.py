@@ -15,7 +15,7 @@ from test_conversion import PublishedModel
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM
-from bd3lm_hf.cli import COMMANDS, main
+from bd3lm_hf.cli import COMMANDS, main, progress
 from bd3lm_hf.cli.demo import run_demo
 from bd3lm_hf.cli.train import train_arguments
 
@@ -66,7 +66,7 @@ def test_every_command_explains_itself(command, capsys):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: bd3lm {command}" in text
-    assert "--traceback" in text
+    assert "--verbose" in text and "--traceback" in text
     if command != "demo":
         assert f"examples:\n  bd3lm {command} " in text
 
@@ -204,9 +204,12 @@ def test_a_tokenizer_of_another_model_is_refused(trained, corpus, shared_dir, tm
     assert "the tokenizer has 50258 tokens, but the model's vocab_size is" in error_of(evaluate, capsys)
 
 
-def test_traceback_is_shown_when_asked_for():
-    with pytest.raises(ValueError, match="does not exist"):
-        main(["train", "--data", "missing.txt", "--traceback"])
+@pytest.mark.parametrize("flag", ["--verbose", "--traceback"])
+def test_the_traceback_is_shown_before_the_line_when_asked_for(flag, capsys):
+    assert main(["train", "--data", "missing.txt", flag]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error and "load_table" in error
+    assert error.strip().splitlines()[-1].startswith("bd3lm train: error: data='missing.txt' does not exist")
 
 
 # evaluate
@@ -370,6 +373,58 @@ def test_stream_shows_drafts_and_ends_with_the_text(trained, capsys):
     assert streamed.count(draft) >= 8
     shown = "".join(part.split(restore)[-1] for part in streamed.split("\0337"))
     assert shown.strip() == text
+
+
+def test_generate_fills_the_gaps_of_prompts(trained, capsys):
+    prompts = ["zero one[MASK][MASK] three", "six[MASK]"]
+    assert main(["generate", str(trained), *prompts, "--infill", "--json", "--seed", "1"]) == 0
+    rows = json_lines(capsys)
+    assert [row["prompt"] for row in rows] == prompts
+    assert rows[0]["text"].startswith("zero one") and rows[0]["text"].endswith(" three")
+    assert main(["generate", str(trained), prompts[0], "--infill", "--seed", "1", "--no-stream"]) == 0
+    text = capsys.readouterr().out.strip()
+    assert main(["generate", str(trained), prompts[0], "--infill", "--seed", "1", "--stream"]) == 0
+    shown = "".join(part.split("\0338\033[J")[-1] for part in capsys.readouterr().out.split("\0337"))
+    assert shown.strip() == text and "MASK" not in text
+    assert "only `infill=True` fills in" in error_of(["generate", trained, prompts[0]], capsys)
+
+
+def test_generate_shows_how_far_it_is_where_it_takes_long(trained, capsys, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    # Longer than the context, and read in one batch with one of a single word.
+    prompts = ["zero one two three four five six seven " * 9, "zero"]
+    width, steps = len(tokenizer(prompts[0])["input_ids"]), []
+    update = progress.GenerationProgress.update
+
+    def noted(bar, n=1):
+        steps.append((bar.n + n, bar.total))
+        return update(bar, n)
+
+    monkeypatch.setattr(progress.GenerationProgress, "update", noted)
+    command = ["generate", str(trained), *prompts, "--max_new_tokens", "12", "--seed", "0"]
+    assert main(command) == 0
+    quick = capsys.readouterr()
+    assert "Generating" not in quick.err
+    # Prompts are read, then each position is written in both rows.
+    numbers = [number for number, _ in steps]
+    assert numbers == sorted(numbers) and {total for _, total in steps} == {2 * (width + 12)}
+    assert {2 * width + 2 * index for index in range(13)} <= set(numbers) and numbers[-1] == 2 * (width + 12)
+
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    steps.clear()
+    assert main([*command, "--batch_size", "1"]) == 0
+    slow = capsys.readouterr()
+    assert "Generating: 100%" in slow.err and slow.out
+    assert steps[-1][0] == steps[-1][1] == width + 2 + 2 * 12
+    assert main([*command[:2], "zero", "--stream"]) == 0
+    assert "Generating" not in capsys.readouterr().err
+
+
+def test_evaluate_shows_how_far_it_is(trained, corpus, capsys):
+    assert main(["evaluate", str(trained), "--data", str(corpus), "--window", "--max_eval_sequences", "1"]) == 0
+    error = capsys.readouterr().err
+    done = [int(number) for number in re.findall(r"Evaluating, pass 1:.*? (\d+)/\d+ ", error)]
+    assert len(done) > 3 and done == sorted(done) and f"{done[-1]}/{done[-1]}" in error
 
 
 def test_generation_mistakes_are_one_line(trained, tmp_path, capsys):

@@ -6,6 +6,10 @@ import torch
 from conftest import random_model
 from test_first_hitting import ALPHA, BATCH_SIZE, EOS, MASK, NUM_SAMPLES, chi_square_p_value, conditionals_of
 from test_generation import left_padded, random_prompts
+from transformers import TextDiffusionStreamer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from bd3lm_hf import train_tokenizer
 
 
 @pytest.fixture
@@ -85,3 +89,63 @@ def test_a_gap_is_filled_from_both_sides_with_the_distribution_of_the_reverse_pr
 def test_a_mask_token_is_refused_unless_infilling_was_asked_for(model):
     with pytest.raises(ValueError, match="`input_ids` must not hold the mask token .100., which only `infill=True`"):
         model.generate(torch.tensor([[1, 100, 2]]), max_new_tokens=4)
+
+
+class RecordingStreamer(BaseStreamer):
+    """Keeps what it is shown: finished tokens, and the drafts of each block."""
+
+    def __init__(self):
+        self.shown, self.drafts, self.has_ended = [], [], False
+
+    def put(self, value):
+        self.shown.append(value)
+
+    def put_draft(self, value):
+        self.drafts.append(value.tolist())
+
+    def end(self):
+        self.has_ended = True
+
+
+@pytest.mark.parametrize("sampler", ["first_hitting", "ancestral", "confidence", "entropy_bound"])
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 6}], ids=["fill", "fill_and_write"])
+@pytest.mark.parametrize(("gaps", "length"), [*zip(GAPS, LENGTHS), ([0], 9), ([1, 17], 19)])
+def test_a_streamer_is_shown_the_filled_text_and_no_gap(model, sampler, options, gaps, length):
+    (prompt,) = with_gaps(random_prompts([length]), [gaps])
+    streamer = RecordingStreamer()
+    filled = model.generate(prompt[None], infill=True, sampler=sampler, seed=4, streamer=streamer, **options)
+    first = min(gaps, default=length)
+    assert torch.equal(streamer.shown[0], filled[:, :first]) and streamer.has_ended
+    assert torch.equal(torch.cat([streamer.shown[0][0], *streamer.shown[1:]]), filled[0])
+    # In pieces, as blocks are finished, each after its drafts.
+    assert all(len(piece) <= 4 for piece in streamer.shown[1:])
+    assert len(streamer.drafts) >= len({column // 4 for column in gaps})
+    for draft in streamer.drafts:
+        assert any(
+            all(token in (100, known) for token, known in zip(draft, piece.tolist(), strict=True))
+            for piece in streamer.shown[1:]
+            if len(piece) == len(draft)
+        )
+
+
+def test_a_streamer_of_several_rows_is_shown_filled_columns(model):
+    inputs = left_padded(with_gaps(random_prompts(LENGTHS), GAPS))
+    streamer = RecordingStreamer()
+    filled = model.generate(**inputs, infill=True, seed=2, streamer=streamer)
+    prompts, *columns = streamer.shown
+    assert torch.equal(torch.cat([prompts, *(column[:, None] for column in columns)], dim=1), filled)
+    assert 0 < prompts.shape[1] < filled.shape[1] and not (prompts == 100).any()
+
+
+def test_the_streamers_of_transformers_show_the_filled_text(capsys):
+    tokenizer = train_tokenizer({"text": ["def main(path):\n    return\n"] * 9}, 280)
+    ids = {"mask_token_id": tokenizer.mask_token_id, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 2}
+    model = random_model(vocab_size=len(tokenizer), **ids)
+    inputs = tokenizer("def [MASK][MASK](path):\n    return [MASK]", return_tensors="pt").to(model.device)
+    options = {"infill": True, "seed": 1, "suppress_tokens": tokenizer.all_special_ids}
+    for streamer_class in (TextStreamer, TextDiffusionStreamer):
+        filled = model.generate(**inputs, **options, streamer=streamer_class(tokenizer))
+        shown = capsys.readouterr().out
+        # What a terminal shows in the end: each draft is taken back.
+        shown = "".join(part.split("\0338\033[J")[-1] for part in shown.split("\0337"))
+        assert shown == tokenizer.decode(filled[0]) + "\n" and "[MASK]" not in shown

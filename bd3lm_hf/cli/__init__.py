@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .common import HelpFormatter
+from .common import VERBOSE, HelpFormatter, OneLineParser
+from .errors import describe, discard_unwritten, is_told, open_stderr, report
 
 
 DESCRIPTION = """\
@@ -27,19 +28,40 @@ Block diffusion language models: train, evaluate, sample, publish and convert th
 COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "app", "convert")
 
 
+# By the convention of shells: 128 and the number of the signal.
+INTERRUPTED, READER_LEFT = 130, 141
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 2 for mistakes in what was asked for, told in one line on stderr."""
-    parser = argparse.ArgumentParser(prog="bd3lm", description=DESCRIPTION, formatter_class=HelpFormatter)
+    """
+    Run the command and return its exit code: 2 for mistakes in what was asked for, and for what the machine lacks, and
+    130 for Ctrl-C, each told in one line on stderr. `--verbose` shows the traceback as well.
+    """
+    parser = OneLineParser(prog="bd3lm", description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument("--version", action="version", version=importlib.metadata.version("bd3lm-hf"))
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own arguments")
     args = parser.parse_args(argv)
-    show_traceback = "--traceback" in args.arguments
-    arguments = [argument for argument in args.arguments if argument != "--traceback"]
-    try:
-        return import_module(f".{args.command}", __name__).run(arguments) or 0
-    except (ValueError, OSError) as error:
-        if show_traceback:
-            raise
-        print(f"bd3lm {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    # What comes after `--` is no flag.
+    end = args.arguments.index("--") if "--" in args.arguments else len(args.arguments)
+    flags, rest = args.arguments[:end], args.arguments[end:]
+    name, is_verbose = f"bd3lm {args.command}", not set(VERBOSE).isdisjoint(flags)
+    with open_stderr():
+        try:
+            if sys.stdout is None:
+                raise ValueError("standard output must be open, but is closed; `> /dev/null` discards what is printed")
+            arguments = [flag for flag in flags if flag not in VERBOSE] + rest
+            code = import_module(f".{args.command}", __name__).run(arguments) or 0
+            # What is printed may not arrive.
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            report(f"{name}: interrupted", is_verbose)
+            return INTERRUPTED
+        except Exception as error:
+            if sys.stdout is not None and discard_unwritten(sys.stdout) and isinstance(error, BrokenPipeError):
+                return READER_LEFT
+            if not is_told(error):
+                raise
+            report(f"{name}: error: {describe(error)}", is_verbose)
+            return 2

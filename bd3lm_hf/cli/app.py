@@ -1,5 +1,7 @@
 """`bd3lm app`."""
 
+import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +18,15 @@ examples:
   bd3lm app bd3lm-demo --port 8080
   bd3lm app bd3lm-demo --space my-space"""
 
+LARGEST_PORT = 65535
+
 
 def run(argv: Sequence[str]) -> None:
     """`bd3lm app`."""
     parser = make_parser("app", DESCRIPTION)
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 lets other machines in.")
-    parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
+    parser.add_argument("--port", type=_port, help="(default: the first free one from 7860 on)")
     parser.add_argument("--space", metavar="FOLDER", help="Write a Space into this new folder and start nothing.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a Space that lies in that folder.")
     args = parser.parse_args(argv)
@@ -43,4 +47,17 @@ def run(argv: Sequence[str]) -> None:
     model, tokenizer = load_model(args)
     filler = pipeline("text-infilling", model=model, tokenizer=tokenizer, device=model.device)
     page = make_page(filler, Path(args.model).name)
-    page.launch(server_name=args.host, server_port=args.port, **launch_options())
+    # gradio's own waiting ends well whatever interrupts it.
+    page.launch(server_name=args.host, server_port=args.port, prevent_thread_lock=True, **launch_options())
+    try:
+        while page.is_running:
+            time.sleep(0.2)
+    finally:
+        page.close()
+
+
+def _port(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {LARGEST_PORT}, but got {text!r}")
+    return number

@@ -1,9 +1,12 @@
 """What the commands share."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 
+# Two names of one flag.
+VERBOSE = ("--verbose", "--traceback")
 # Arguments of `load_documents`, which owns their defaults, and what they are.
 SOURCE_OPTIONS = {
     "split": "The split of a Hub dataset, e.g. 'train[:10%%]'. (default: train)",
@@ -26,13 +29,22 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
-def make_parser(command: str, description: str, parser_class: Callable = argparse.ArgumentParser, **kwargs):
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments; `--help` shows them all."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (`{self.prog} --help` explains)\n")
+
+
+def make_parser(command: str, description: str, parser_class: type[argparse.ArgumentParser] = OneLineParser, **kwargs):
     """The parser of a command, of whatever class, with what all commands take."""
+    if not issubclass(parser_class, OneLineParser):
+        parser_class = type(parser_class.__name__, (OneLineParser, parser_class), {})
     parser = parser_class(
         prog=f"bd3lm {command}", description=description, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs
     )
     # `main` reads it; it stands here for the help.
-    parser.add_argument("--traceback", action="store_true", help="Show where an error was raised.")
+    parser.add_argument(*VERBOSE, action="store_true", help="Show where an error was raised.")
     return parser
 
 
@@ -50,19 +62,40 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace):
-    """The model that the arguments name, in evaluation mode on its device, and its tokenizer."""
-    import torch
-
+    """The model that the arguments name, whole and in evaluation mode on its device, and its tokenizer."""
     from ..data.tokenization import check_tokenizer, load_tokenizer
+    from ..evaluation.loading import check_json_files, load_whole
     from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 
+    device = choose_device(args)
+    check_json_files(args.model)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    model = BD3LMForMaskedLM.from_pretrained(
-        args.model, dtype=args.dtype, **given(args, ["attn_implementation"])
-    ).eval()
+    options = given(args, ["attn_implementation"])
+    model = load_whole(BD3LMForMaskedLM, args.model, device=device, dtype=args.dtype, **options)
     check_tokenizer(tokenizer, model.config)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return model.to(args.device or accelerator or "cpu"), tokenizer
+    return model, tokenizer
+
+
+def choose_device(args: argparse.Namespace):
+    """The device that was asked for, or else the accelerator, if there is one, or the processor."""
+    import torch
+
+    from ..evaluation.loading import check_device
+
+    if args.device is not None:
+        return check_device(args.device)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_output(path: str | None) -> None:
+    """
+    Whether a file can be written there, before hours are spent on what is to be in it.
+
+    Raises:
+        ValueError: it is a folder, or in none that is there.
+    """
+    if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+        raise ValueError(f"the file to write must be in a folder that is there, and be none itself, but got {path!r}")
 
 
 def given(args, names: Sequence[str]) -> dict:

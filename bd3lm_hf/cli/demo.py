@@ -37,8 +37,10 @@ MAX_SHARE_OF_UNIGRAM_PERPLEXITY = 1 / 3
 PROMPT = "def "
 # Runs in a process of its own, as a reader of the Hub would: only the saved folder says what the model is.
 SAMPLE_SCRIPT = """
+import signal
 import sys
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # what started this tells of an interruption
 sys.modules["bd3lm_hf"] = None  # import bd3lm_hf raises ImportError from here on
 
 from transformers import AutoModelForMaskedLM, AutoTokenizer, TextDiffusionStreamer, set_seed

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from .common import DATA_HELP, SOURCE_OPTIONS, add_model_arguments, given, make_parser
+from .common import DATA_HELP, SOURCE_OPTIONS, add_model_arguments, check_output, given, make_parser
 
 
 DESCRIPTION = """\
@@ -69,6 +69,8 @@ def run(argv: Sequence[str]) -> None:
             "--stride takes --window, and --window excludes --length, but got "
             f"--length {args.length} --window {args.window} --stride {args.stride}"
         )
+
+    check_output(args.json)
 
     from accelerate import PartialState
 

@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .common import add_model_arguments, given, load_model, make_parser
+from .errors import is_terminal
 
 
 DESCRIPTION = """\
@@ -18,8 +20,10 @@ examples:
   bd3lm generate bd3lm-demo "def main():"
   bd3lm generate bd3lm-demo "import os" --max_new_tokens 100 --temperature 0.8 --top_p 0.9 --seed 1
   bd3lm generate bd3lm-demo --sampler confidence --confidence_threshold 0.9 "class Parser:"
+  bd3lm generate bd3lm-demo --infill "def main([MASK][MASK][MASK]):"
   bd3lm generate bd3lm-demo --json < prompts.txt > texts.jsonl"""
 
+MAX_NEW_TOKENS = 256
 # Arguments of `generate` that are passed on as they are; the model's generation configuration owns their defaults.
 GENERATION_ARGUMENTS = {
     "temperature": (float, "Divides the logits; below 1 the model takes fewer risks."),
@@ -49,12 +53,19 @@ def run(argv: Sequence[str]) -> None:
     parser = make_parser("generate", DESCRIPTION)
     add_model_arguments(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="Texts to continue. (default: lines of stdin)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="Tokens to write.")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help=f"Tokens to write. (default: {MAX_NEW_TOKENS}, with --infill none)"
+    )
     parser.add_argument(
         "--do_sample", action=argparse.BooleanOptionalAction, help="Sample tokens, or take the likeliest."
     )
     for name, (value_type, help_text) in GENERATION_ARGUMENTS.items():
         parser.add_argument(f"--{name}", type=value_type, help=help_text)
+    parser.add_argument(
+        "--infill",
+        action="store_true",
+        help="Fill the mask tokens in the prompts; nothing is written after them without --max_new_tokens.",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="Prompts continued at once.")
     parser.add_argument("--seed", type=int, help="Repeats a run exactly.")
     parser.add_argument(
@@ -65,34 +76,76 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object per text: prompt and text.")
     args = parser.parse_intermixed_args(argv)
 
-    from_stdin = not args.prompts and not sys.stdin.isatty()
-    prompts = (sys.stdin.read().splitlines() if from_stdin else args.prompts) or [""]
+    prompts = read_prompts(args.prompts)
     single = len(prompts) == 1 and args.num_return_sequences in (None, 1) and not args.json
     if args.stream and not single:
         raise ValueError(f"stream takes a single text without --json; it got {len(prompts)} prompts")
-    stream = args.stream if args.stream is not None else single and sys.stdout.isatty()
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size={args.batch_size} must be at least 1")
+    for name in ("batch_size", "num_return_sequences"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
 
-    from tqdm.auto import tqdm
-    from transformers import TextDiffusionStreamer, set_seed
-
-    from ..data.tokenization import encode_prompts
+    from transformers import set_seed
 
     model, tokenizer = load_model(args)
     if args.seed is not None:
         set_seed(args.seed)
-    options = given(args, ["max_new_tokens", "do_sample", *GENERATION_ARGUMENTS])
-    starts = range(0, len(prompts), args.batch_size)
-    for start in tqdm(starts, desc="Generating", unit=" batches", disable=len(starts) < 2):
-        batch = prompts[start : start + args.batch_size]
-        streamer = TextDiffusionStreamer(tokenizer, skip_special_tokens=True) if stream else None
-        inputs = encode_prompts(batch, tokenizer).to(model.device)
-        sequences = model.generate(**inputs, streamer=streamer, **options)
-        if stream:
-            continue
-        texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
-        texts_per_prompt = len(texts) // len(batch)
-        for index, text in enumerate(texts):
-            prompt = batch[index // texts_per_prompt]
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if args.json else text)
+    options = given(args, ["do_sample", *GENERATION_ARGUMENTS])
+    if args.infill:
+        options |= {"infill": True, **given(args, ["max_new_tokens"])}
+    else:
+        options["max_new_tokens"] = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    if args.stream if args.stream is not None else single and is_terminal(sys.stdout):
+        stream_text(model, tokenizer, prompts, options)
+        return
+    for prompt, text in write_texts(model, tokenizer, prompts, args.batch_size, options):
+        print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if args.json else text)
+
+
+def read_prompts(given_prompts: list[str]) -> list[str]:
+    """
+    The prompts of the command line, or the lines of stdin; an empty one where there is none.
+
+    Raises:
+        ValueError: there are none and stdin is closed, or one is no text.
+    """
+    prompts = given_prompts
+    if not prompts and (sys.stdin is None or sys.stdin.closed):
+        raise ValueError("prompts must be given as arguments or on standard input, but that is closed")
+    if not prompts and not is_terminal(sys.stdin):
+        prompts = sys.stdin.read().splitlines()
+    for number, prompt in enumerate(prompts):
+        try:
+            # Python keeps bytes that are no UTF-8 as characters of their own.
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompts must be UTF-8 text, but prompt {number + 1} is {prompt[:80]!a}") from error
+    return prompts or [""]
+
+
+def stream_text(model: Any, tokenizer: Any, prompts: list[str], options: dict[str, Any]) -> None:
+    """Shows a single text as it is denoised."""
+    from transformers import TextDiffusionStreamer
+
+    from ..data.tokenization import encode_prompts
+
+    streamer = TextDiffusionStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**encode_prompts(prompts, tokenizer).to(model.device), streamer=streamer, **options)
+
+
+def write_texts(
+    model: Any, tokenizer: Any, prompts: list[str], batch_size: int, options: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Each prompt and what became of it, `num_return_sequences` times; what takes longer shows how far it is."""
+    from ..data.tokenization import encode_prompts
+    from .progress import GenerationProgress
+
+    copies = options.get("num_return_sequences") or 1
+    with GenerationProgress(model, len(prompts) * copies) as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            inputs = encode_prompts(batch, tokenizer).to(model.device)
+            with progress.of_batch(inputs["input_ids"].shape, len(batch) * copies, options) as streamer:
+                sequences = model.generate(**inputs, streamer=streamer, **options)
+            texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+            for index, text in enumerate(texts):
+                yield batch[index * len(batch) // len(texts)], text

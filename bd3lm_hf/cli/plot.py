@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from .common import HelpFormatter, add_model_arguments, given, load_model, make_parser
+from .common import HelpFormatter, add_model_arguments, check_output, given, load_model, make_parser
 from .generate import GENERATION_ARGUMENTS
 
 
@@ -82,6 +82,7 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"--dpi must be at least 1, but got {args.dpi}")
     from ..data.replacing import replaced_file
 
+    check_output(args.output)
     figure = args.draw(args)
     with replaced_file(args.output) as path:
         figure.savefig(path, dpi=args.dpi)

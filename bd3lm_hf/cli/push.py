@@ -69,6 +69,9 @@ def run(argv: Sequence[str]) -> None:
             raise ValueError(f"--likelihood takes NAME=FILE, but got {item!r}")
         options["likelihoods"][name] = _read_json("likelihood", path)
 
+    from ..evaluation.loading import check_json_files
+
+    check_json_files(args.checkpoint)
     if args.dry_run:
         files = prepare_files(args.checkpoint, args.repo_id, **options)
         for name, file in files.items():
@@ -90,6 +93,10 @@ def run(argv: Sequence[str]) -> None:
 
 def _read_json(name: str, path: str):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--{name}: {path} is no JSON: {error}") from error
+    kind, words = (dict, "a JSON object") if name == "likelihood" else (list, "a JSON list")
+    if not isinstance(content, kind):
+        raise ValueError(f"--{name}: {path} must hold {words}, but got {json.dumps(content)[:80]}")
+    return content

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import given, make_parser
+from .common import check_output, choose_device, given, make_parser
 
 
 DESCRIPTION = """\
@@ -34,17 +34,19 @@ def run(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="Write the figures to this file as well.")
     args = parser.parse_args(argv)
+    check_output(args.json)
     texts = read_samples(args.samples, args.text_column)
 
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from ..data.replacing import write_text
+    from ..data.tokenization import read_tokenizer
+    from ..evaluation.loading import load_whole
     from ..evaluation.quality import generative_perplexity, sample_statistics
 
-    tokenizer = AutoTokenizer.from_pretrained(args.judge)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    judge = AutoModelForCausalLM.from_pretrained(args.judge, dtype=args.dtype).to(args.device or accelerator or "cpu")
+    device = choose_device(args)
+    tokenizer = read_tokenizer(args.judge)
+    judge = load_whole(AutoModelForCausalLM, args.judge, device=device, dtype=args.dtype)
     perplexity = generative_perplexity(texts, judge, tokenizer, **given(args, ["window", "stride", "batch_size"]))
     samples = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     # Text that was decoded without special tokens does not tell what ended it.

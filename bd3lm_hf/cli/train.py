@@ -353,6 +353,7 @@ def _load_or_train_tokenizer(data_args, model_args, checkpoint, splits):
 
 
 def _load_or_create_model(data_args, model_args, tokenizer, training_args):
+    from ..evaluation.loading import check_size, load_whole
     from ..modeling.configuration_bd3lm import BD3LMConfig
     from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 
@@ -370,6 +371,7 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args):
             **config_fields,
             **attention,
         )
+        check_size(config, BD3LMForMaskedLM)
         return BD3LMForMaskedLM(config)
     fixed = sorted(config_fields.keys() - set(ModelArguments.ADJUSTABLE))
     if fixed:
@@ -378,7 +380,7 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args):
             f"configuration takes only {', '.join(ModelArguments.ADJUSTABLE)}"
         )
     block_size = config_fields.pop("block_size", None)
-    model = BD3LMForMaskedLM.from_pretrained(model_args.model, **config_fields, **attention)
+    model = load_whole(BD3LMForMaskedLM, model_args.model, **config_fields, **attention)
     if block_size not in (None, model.config.block_size):
         if training_args.process_index == 0:
             print(

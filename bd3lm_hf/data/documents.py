@@ -18,6 +18,9 @@ BUILTIN = "builtin"
 # Tests are optional parts of an installation, and `encodings` is tables of code points rather than text.
 BUILTIN_EXCLUDED = {"dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"}
 
+# What a column of text may be to `datasets`; one of blanks alone has no type.
+TEXT_TYPES = ("string", "large_string", "string_view", "null")
+
 TOKENIZE_BATCH_SIZE = 100
 # A batch of documents is packed by itself and can end in one short sequence: large batches keep those rare.
 PACK_BATCH_SIZE = 10_000
@@ -175,15 +178,28 @@ def select_text(table: Dataset | IterableDataset, source: str, text_column: str)
         text_column: The name of the column.
 
     Raises:
-        ValueError: if there is no such column, or a table, which unlike a stream is read for this, holds no text.
+        ValueError: if there is no such column, it holds something else than text, or a table, which unlike a stream is
+            read for this, holds no text.
     """
     columns = column_names(table)
     if text_column not in columns:
         raise ValueError(f"text_column={text_column!r} is not a column of {source!r}; it has {columns}")
+    _require_strings(table, source, text_column)
     documents = table.select_columns(text_column)
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
     return documents if isinstance(documents, IterableDataset) else require_text(documents, f"data={source!r}")
+
+
+def _require_strings(table: Dataset | IterableDataset, source: str, text_column: str) -> None:
+    if table.features is not None:
+        kind = getattr(table.features[text_column], "dtype", None) or str(table.features[text_column])
+    else:
+        # A stream that does not know its columns' types has been asked for a row before.
+        value = next(iter(table))[text_column]
+        kind = "string" if isinstance(value, str | None) else type(value).__name__
+    if kind not in TEXT_TYPES:
+        raise ValueError(f"text_column={text_column!r} of {source!r} must hold text, but it holds {kind}")
 
 
 def require_text(documents: Dataset, name: str) -> Dataset:

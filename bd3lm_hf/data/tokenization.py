@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MASK_TOKEN = "[MASK]"
+# Documents that are encoded at once.
+ENCODING_BATCH_SIZE = 1000
 
 
 def train_tokenizer(documents: "Dataset", vocab_size: int) -> PreTrainedTokenizerFast:
@@ -52,6 +55,27 @@ def train_tokenizer(documents: "Dataset", vocab_size: int) -> PreTrainedTokenize
     return trained
 
 
+def read_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """
+    A tokenizer as it is.
+
+    Args:
+        name_or_path: A folder, or a repository id on the Hub.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except Exception as error:
+        # A file that holds something else fails wherever its reader notices, in Rust with a plain exception.
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"tokenizer={str(name_or_path)!r} could not be loaded; it takes a folder that holds a tokenizer or the "
+            f"id of a repository on the Hub: {kind}{error}"
+        ) from error
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     Load a tokenizer and give it the special tokens that block diffusion needs.
@@ -65,13 +89,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if it cannot be loaded, has no fast implementation or has none of the four boundary tokens.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer={str(name_or_path)!r} could not be loaded; it takes a folder that holds a tokenizer or the "
-            f"id of a repository on the Hub: {error}"
-        ) from error
+    tokenizer = read_tokenizer(name_or_path)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer={str(name_or_path)!r} is a {type(tokenizer).__name__} without a fast implementation, which "
@@ -159,9 +177,11 @@ def encode_documents(texts: Iterable[str | None], tokenizer: PreTrainedTokenizer
         tokenizer: a tokenizer with BOS and EOS.
     """
     texts = [text for text in texts if text]
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )
-    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    rows = []
+    with tqdm(total=len(texts), desc="Tokenizing", unit=" documents", delay=2) as bar:
+        for start in range(0, len(texts), ENCODING_BATCH_SIZE):
+            batch = texts[start : start + ENCODING_BATCH_SIZE]
+            rows += tokenizer(batch, verbose=False, **options)["input_ids"]
+            bar.update(len(batch))
+    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in rows]

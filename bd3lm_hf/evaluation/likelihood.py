@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..data.collators import BD3LMDataCollator
@@ -21,6 +21,7 @@ from ..data.tokenization import check_tokenizer, load_tokenizer
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 from .estimators import ESTIMATOR_NAMES, BlockDiffusionScorer, CausalScorer, DrawnNoise, ExactNoise
+from .loading import check_json_files, load_whole, model_type_of
 from .mode import evaluation_mode
 from .windows import Window, choose_window, cut_windows, most_predicted_in_a_block
 
@@ -293,19 +294,22 @@ def load_for_evaluation(
         attn_implementation: By default Transformers' choice.
 
     Raises:
-        ValueError: there is no such tokenizer, or it is not that of the model.
+        ValueError: there is no such tokenizer or device, the tokenizer is not that of the model, or the checkpoint is
+            not whole; see [`load_whole`].
     """
+    check_json_files(model)
     loaded_tokenizer = load_tokenizer(tokenizer or model)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     options = {name: value for name, value in options.items() if value is not None}
+    device = PartialState().device if device is None else device
     # The published checkpoints name types that Transformers doesn't know.
-    model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
+    model_type = model_type_of(model)
     if model_type in CONFIG_MAPPING and model_type != BD3LMConfig.model_type:
-        loaded = AutoModelForCausalLM.from_pretrained(model, **options)
+        loaded = load_whole(AutoModelForCausalLM, model, device=device, **options)
     else:
-        loaded = BD3LMForMaskedLM.from_pretrained(model, **options)
+        loaded = load_whole(BD3LMForMaskedLM, model, device=device, **options)
         check_tokenizer(loaded_tokenizer, loaded.config)
-    return loaded.eval().to(device or PartialState().device), loaded_tokenizer
+    return loaded, loaded_tokenizer
 
 
 def _is_causal(model) -> bool:

@@ -10,6 +10,7 @@ import copy
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, WeightTransform
 
 from ..data.replacing import check_folder, replaced_folder
+from ..evaluation.loading import check_finite, load_whole, told_as_value_error
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 from .published_files import RECORDS, STALE_FILES
@@ -133,6 +135,11 @@ def _parameters_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[st
         ValueError: it lacks a tensor of such a model, or has one that no such model has; the message names them.
     """
     layers = [int(match[1]) for name in state_dict if (match := re.match(r"backbone\.blocks\.(\d+)\.", name))]
+    if max(layers, default=0) >= len(state_dict):
+        raise ValueError(
+            f"`state_dict` must hold the tensors of all layers, but it has {len(state_dict)} and a layer "
+            f"{max(layers)}."
+        )
     adaln = any(re.search("adaLN|sigma_map", name) for name in state_dict)
     parameters = published_parameters(max(layers, default=0) + 1, adaln)
     missing = [name for name in parameters if name not in state_dict]
@@ -233,14 +240,16 @@ def convert_checkpoint(
         "max_position_embeddings": max_position_embeddings,
     }
     if source_path.suffix == ".ckpt" and not source_path.is_dir():
-        model = _load_lightning_checkpoint(source_path, use_ema, options)
+        with told_as_value_error(str(source), "source"):
+            model = _load_lightning_checkpoint(source_path, use_ema, options)
+        check_finite(model.state_dict().items(), str(source))
     elif source_path.is_file():
         raise ValueError(f"`source` must be a folder, a repository id or a file *.ckpt, but got {str(source)!r}.")
     else:
         given = {name: value for name, value in options.items() if value is not None}
         if given:
             raise ValueError(f"{given} were given, but only a `source` of the kind *.ckpt takes them; others say it.")
-        model = BD3LMForMaskedLM.from_pretrained(os.fspath(source), dtype="auto")
+        model = load_whole(BD3LMForMaskedLM, source, dtype="auto")
         if not model.config.is_published_format:
             raise ValueError(
                 "`source` must be in the published format, whose `config.json` has a `hidden_dim`, but "
@@ -294,9 +303,12 @@ def _matching_tokenizer(
 def _load_lightning_checkpoint(path: Path, use_ema: bool, options: dict[str, int | None]) -> BD3LMForMaskedLM:
     """The model of a `.ckpt` of the published training code; see [`convert_checkpoint`]."""
     checkpoint = _read_pickle(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
         raise ValueError(f"`source` must be a Lightning checkpoint, but {str(path)!r} has no `state_dict`.")
-    state_dict = _without_training_state(checkpoint["state_dict"])
+    state_dict = _without_training_state(state_dict)
+    if others := [name for name, value in state_dict.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"`state_dict` of {str(path)!r} must hold tensors, but {others[0]} is none.")
     parameters = _parameters_of(state_dict)
     config = _infer_config(checkpoint, state_dict, options)
     if use_ema:
@@ -305,9 +317,13 @@ def _load_lightning_checkpoint(path: Path, use_ema: bool, options: dict[str, int
 
 
 def _read_pickle(path: Path) -> Any:
+    # What torch wrote before version 1.6 is no archive, and cannot be mapped.
+    is_archive = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
+        if not is_archive:
+            raise
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         raise ValueError(
             f"`source` must be loadable by `torch.load(weights_only=True)`, but {str(path)!r} holds objects that this "

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.collators import BD3LMDataCollator
+from ..evaluation.loading import load_whole
 
 
 try:
@@ -284,7 +285,7 @@ def _load(
         processing_class = AutoTokenizer.from_pretrained(
             name, revision=options.get("revision"), trust_remote_code=options["trust_remote_code"]
         )
-    return AutoModelForMaskedLM.from_pretrained(name, **options), processing_class
+    return load_whole(AutoModelForMaskedLM, name, **options), processing_class
 
 
 @contextlib.contextmanager
