@@ -54,14 +54,12 @@ def is_visible(
     Streams are 0 for clean tokens and 1, 2, ... for those of each noised copy of the text; copies do not see each
     other. In a denoising pass, without streams, all tokens follow the rule of clean ones.
     """
-    span = query_blocks - key_blocks
+    # Compared and not subtracted: a span of every pair would take eight times the memory of the mask.
+    is_within = (key_blocks <= query_blocks) & (key_blocks >= query_blocks - window)
     if isinstance(query_streams, int) and isinstance(key_streams, int):
-        return (span >= 0) & (span <= window)
-    query_is_noisy, key_is_noisy = query_streams > 0, key_streams > 0
-    noisy_to_noisy = query_is_noisy & (query_streams == key_streams) & (span == 0)
-    noisy_to_clean = query_is_noisy & ~key_is_noisy & (span >= 1) & (span <= window)
-    clean_to_clean = ~query_is_noisy & ~key_is_noisy & (span >= 0) & (span <= window)
-    return noisy_to_noisy | noisy_to_clean | clean_to_clean
+        return is_within
+    to_clean = is_within & (key_streams == 0) & ((query_streams == 0) | (key_blocks < query_blocks))
+    return to_clean | ((query_streams > 0) & (query_streams == key_streams) & (key_blocks == query_blocks))
 
 
 def block_diffusion_mask(
