@@ -75,11 +75,12 @@ def block_diffusion_mask(
     dtype: bool [batch or 1, 1, queries, keys]; for `eager` what is added to the scores, of the same shape; for
     `flex_attention` a `BlockMask`.
 
-    Block ids are [batch or 1, queries] and [batch or 1, keys]. In the pass over [x_t ; x_0], where keys and queries
-    are the same, `streams` are theirs ([`is_visible`]), of the same shape.
+    Block ids are [batch or 1, queries] and [batch or 1, keys]. In the pass over [x_t ; x_0] `streams` are those of the
+    keys ([`is_visible`]), of their shape; the last keys are the queries.
     """
+    first = key_blocks.shape[1] - query_blocks.shape[1]
     if implementation != "flex_attention":
-        pair = (0, 0) if streams is None else (streams[:, None, :, None], streams[:, None, None, :])
+        pair = (0, 0) if streams is None else (streams[:, None, first:, None], streams[:, None, None, :])
         visible = is_visible(query_blocks[:, None, :, None], key_blocks[:, None, None, :], window, *pair)
         if implementation != "eager":
             return visible
@@ -92,7 +93,7 @@ def block_diffusion_mask(
     def mask_mod(batch, head, query, key):
         # A mask of one row serves all rows of the batch.
         row = batch if batch_size > 1 else 0
-        pair = (0, 0) if streams is None else (streams[row, query], streams[row, key])
+        pair = (0, 0) if streams is None else (streams[row, first + query], streams[row, key])
         return is_visible(query_blocks[row, query], key_blocks[row, key], window, *pair)
 
     device, sizes = query_blocks.device, (query_blocks.shape[1], key_blocks.shape[1])

@@ -18,9 +18,9 @@ from .samplers_block_diffusion import BlockNoise, Sampler
 from .two_stream_block_diffusion import flagged_first
 
 
-# Tokens of a text that one forward reads, in whole blocks: enough for matrix products at full speed, while the mask
-# and the scores, `PIECE_SIZE * (window + PIECE_SIZE)`, grow with the window alone, however long the text is.
-PIECE_SIZE = 1024
+# Tokens of a text that a forward reads, in whole blocks: enough for full-speed matrix products, while a mask for each
+# of them, the window and the piece itself stays small however long the text is, and linear in the window.
+PIECE_SIZE = 512
 
 
 class GenerationRecord:
@@ -121,7 +121,7 @@ class Denoiser:
         else:
             self.text = match_cache(cache, prefix, length, config.block_size, self.window, canvas.num_stages)
             cache.clean_text = self.text
-        self._prepared: tuple[tuple[int, int] | None, Any] = (None, None)
+        self._prepared: tuple[Any, dict, slice | None] = (None, {}, None)
 
     def denoise_block(self, stage: int, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row."""
@@ -186,8 +186,8 @@ class Denoiser:
         key = (text.num_columns, text.num_cached)
         if self._prepared[0] != key:
             positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
-            self._prepared = (key, self._positions_and_mask(positions, cache, text.is_plain and is_real is None))
-        inputs, seen = dict(self._prepared[1][0]), self._prepared[1][1]
+            self._prepared = (key, *self._positions_and_mask(positions, cache, text.is_plain and is_real is None))
+        inputs, seen = dict(self._prepared[1]), self._prepared[2]
         if self.config.time_conditioning:
             sigma = sigma_from_mask_probability(task.sampler.mask_probability(masked))
             sigma = sigma.repeat(num_copies)[:, None].expand(block.shape)
@@ -207,35 +207,28 @@ class Denoiser:
         while text.num_columns - text.num_cached > self.piece_size:
             end = text.num_cached + self.piece_size
             inputs, seen = self._positions_and_mask(text.positions[:, :end], cache, text.is_plain)
-            piece, committing = text.ids[:, text.num_cached : end], CommitCache(cache, self.piece_size, seen)
-            self.model(input_ids=piece, cache=committing, logits_to_keep=1, **inputs)
+            inputs["cache"] = CommitCache(cache, self.piece_size, seen)
+            self.model(input_ids=text.ids[:, text.num_cached : end], logits_to_keep=1, **inputs)
             text.num_cached = end
         return cache
 
-    def _positions_and_mask(
-        self, positions: Tensor, cache: Cache | None, is_plain: bool
-    ) -> tuple[dict[str, Tensor], slice | None]:
-        """
-        Positions and mask of what comes after the cached columns of `positions` [rows, columns], as the model takes
-        them, and which of the columns that the cache returns the mask is of; None means all.
-        """
-        config, num_cached = self.config, self.text.num_cached
+    def _positions_and_mask(self, positions: Tensor, cache: Cache | None, is_plain: bool) -> tuple[dict, slice | None]:
+        """Positions and mask of `positions` [rows, columns] after the cached ones, and `seen` of [`CommitCache`]."""
+        config, num_cached, seen = self.config, self.text.num_cached, None
         positions = positions[:1] if is_plain else positions
         block_ids = token_block_ids(positions, config.block_size, positions < 0)
-        query_blocks, key_blocks, seen = block_ids[:, num_cached:], block_ids, None
+        query_blocks, key_blocks = block_ids[:, num_cached:], block_ids
         if cache is not None:
             num_keys, first_key = cache.get_mask_sizes(query_blocks.shape[1], 0)
-            key_blocks = key_blocks[:, first_key:]
+            # A static cache has more columns than there are tokens.
+            num_empty = first_key + num_keys - block_ids.shape[1]
+            key_blocks = torch.nn.functional.pad(block_ids[:, first_key:], (0, num_empty), value=PADDING_BLOCK)
             if query_blocks.shape[1] > 2 * config.block_size:
-                # A long text is read without the columns that no query sees.
+                # A long text is read without the columns that none of it sees.
                 earliest = query_blocks.where(query_blocks >= 0, DOCUMENT_STRIDE).amin(-1, keepdim=True)
-                is_seen = (key_blocks >= earliest - config.window_in_blocks).any(0)
-                seen = slice(int(is_seen.int().argmax()), key_blocks.shape[1])
+                columns = (key_blocks >= earliest - config.window_in_blocks).any(0).nonzero()
+                seen = slice(int(columns[0]), int(columns[-1]) + 1)
                 key_blocks = key_blocks[:, seen]
-            else:
-                # A static cache has more columns than there are tokens.
-                num_empty = num_keys - key_blocks.shape[1]
-                key_blocks = torch.nn.functional.pad(key_blocks, (0, num_empty), value=PADDING_BLOCK)
         kind = (config.window_in_blocks, config._attn_implementation, self.model.dtype)
         mask = block_diffusion_mask(query_blocks, key_blocks, *kind)
         return {"position_ids": positions[:, num_cached:].clamp(min=0), "attention_mask": mask}, seen
