@@ -4,11 +4,13 @@ from html import escape
 from typing import Any
 
 from .drawing import STYLE, draw_legend
+from .uploads import NoUploads
 from .writing import GAP, SAMPLERS, TAKEN_BY, Writer
 
 
 try:
     import gradio as gr
+    from starlette.middleware import Middleware
 except ImportError as error:
     raise ImportError("The app needs gradio: pip install 'bd3lm-hf[app]'") from error
 
@@ -129,11 +131,12 @@ def _choices(block_size: int) -> list[Any]:
 
 
 def launch_options() -> dict[str, Any]:
-    """What `gr.Blocks.launch` is to be told: a look that needs no other machine, and errors that the page shows."""
+    """What `gr.Blocks.launch` is told: a look that needs no other machine, errors that the page shows, no uploads."""
     theme = gr.themes.Default(
         primary_hue="indigo",
         neutral_hue="slate",
         font=["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"],
     )
-    return {"theme": theme, "css": STYLE, "show_error": True, "ssr_mode": False, "footer_links": []}
+    look = {"theme": theme, "css": STYLE, "footer_links": []}
+    return {**look, "show_error": True, "ssr_mode": False, "app_kwargs": {"middleware": [Middleware(NoUploads)]}}
