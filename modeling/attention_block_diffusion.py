@@ -54,14 +54,12 @@ def is_visible(
     Streams are 0 for clean tokens and 1, 2, ... for those of each noised copy of the text; copies do not see each
     other. In a denoising pass, without streams, all tokens follow the rule of clean ones.
     """
-    span = query_blocks - key_blocks
+    # Compared and not subtracted: a span of every pair would take eight times the memory of the mask.
+    is_within = (key_blocks <= query_blocks) & (key_blocks >= query_blocks - window)
     if isinstance(query_streams, int) and isinstance(key_streams, int):
-        return (span >= 0) & (span <= window)
-    query_is_noisy, key_is_noisy = query_streams > 0, key_streams > 0
-    noisy_to_noisy = query_is_noisy & (query_streams == key_streams) & (span == 0)
-    noisy_to_clean = query_is_noisy & ~key_is_noisy & (span >= 1) & (span <= window)
-    clean_to_clean = ~query_is_noisy & ~key_is_noisy & (span >= 0) & (span <= window)
-    return noisy_to_noisy | noisy_to_clean | clean_to_clean
+        return is_within
+    to_clean = is_within & (key_streams == 0) & ((query_streams == 0) | (key_blocks < query_blocks))
+    return to_clean | ((query_streams > 0) & (query_streams == key_streams) & (key_blocks == query_blocks))
 
 
 def block_diffusion_mask(
@@ -77,11 +75,12 @@ def block_diffusion_mask(
     dtype: bool [batch or 1, 1, queries, keys]; for `eager` what is added to the scores, of the same shape; for
     `flex_attention` a `BlockMask`.
 
-    Block ids are [batch or 1, queries] and [batch or 1, keys]. In the pass over [x_t ; x_0], where keys and queries
-    are the same, `streams` are theirs ([`is_visible`]), of the same shape.
+    Block ids are [batch or 1, queries] and [batch or 1, keys]. In the pass over [x_t ; x_0] `streams` are those of the
+    keys ([`is_visible`]), of their shape; the last keys are the queries.
     """
+    first = key_blocks.shape[1] - query_blocks.shape[1]
     if implementation != "flex_attention":
-        pair = (0, 0) if streams is None else (streams[:, None, :, None], streams[:, None, None, :])
+        pair = (0, 0) if streams is None else (streams[:, None, first:, None], streams[:, None, None, :])
         visible = is_visible(query_blocks[:, None, :, None], key_blocks[:, None, None, :], window, *pair)
         if implementation != "eager":
             return visible
@@ -94,7 +93,7 @@ def block_diffusion_mask(
     def mask_mod(batch, head, query, key):
         # A mask of one row serves all rows of the batch.
         row = batch if batch_size > 1 else 0
-        pair = (0, 0) if streams is None else (streams[row, query], streams[row, key])
+        pair = (0, 0) if streams is None else (streams[row, first + query], streams[row, key])
         return is_visible(query_blocks[row, query], key_blocks[row, key], window, *pair)
 
     device, sizes = query_blocks.device, (query_blocks.shape[1], key_blocks.shape[1])

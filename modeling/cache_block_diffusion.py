@@ -16,13 +16,15 @@ class CommitCache(Cache):
     commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
 
     The `cache` is a dynamic, static or dynamic sliding one; others of Transformers' are called the same way. Static
-    sliding layers are refused. `num_commit` positions are written at each forward.
+    sliding layers are refused. `num_commit` positions are written at each forward. Of the columns that are returned
+    `seen` may leave out those that the mask leaves out as well.
     """
 
-    def __init__(self, cache: Cache, num_commit: int):
+    def __init__(self, cache: Cache, num_commit: int, seen: slice | None = None):
         self.__dict__.update(vars(cache))
         self.cache = cache
         self.num_commit = num_commit
+        self.seen = seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cache.get_seq_length(layer_idx)
@@ -37,6 +39,10 @@ class CommitCache(Cache):
         As `Cache.update`, but that all positions after the first `num_commit` are returned without being kept: keys
         and values [batch, heads, cached + length, head_dim]. Raises a ValueError for layers static and sliding.
         """
+        states = self._update(key_states, value_states, layer_idx, *args, **kwargs)
+        return states if self.seen is None else tuple(part[:, :, self.seen] for part in states)
+
+    def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
         num_transient = key_states.shape[-2] - self.num_commit
         if num_transient <= 0:
             return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)

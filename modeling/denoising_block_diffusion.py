@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList
 
-from .attention_block_diffusion import PADDING_BLOCK, block_diffusion_mask, token_block_ids
+from .attention_block_diffusion import DOCUMENT_STRIDE, PADDING_BLOCK, block_diffusion_mask, token_block_ids
 from .cache_block_diffusion import CommitCache
 from .diffusion_block_diffusion import sigma_from_mask_probability
 from .guidance_block_diffusion import Guidance
 from .prediction_block_diffusion import Prediction, TokenPredictor
-from .prefix_reuse_block_diffusion import CleanText, match_cache
+from .prefix_reuse_block_diffusion import CleanText, match_cache, sliding_cache
 from .progress_block_diffusion import Canvas, RowProgress
 from .samplers_block_diffusion import BlockNoise, Sampler
 from .two_stream_block_diffusion import flagged_first
+
+
+# Tokens of a text that a forward reads, in whole blocks: enough for full-speed matrix products, while a mask for each
+# of them, the window and the piece itself stays small however long the text is, and linear in the window.
+PIECE_SIZE = 512
 
 
 class GenerationRecord:
@@ -105,6 +110,8 @@ class Denoiser:
         self.cache = cache
         self.guidance = guidance
         self.seeds = generation_config.row_seeds(canvas.tokens.shape[0])
+        self.piece_size = max(PIECE_SIZE // config.block_size, 1) * config.block_size
+        self.window = config.window_in_blocks * config.block_size
         self.record = GenerationRecord(canvas, generation_config, config.vocab_size)
         prefix, length = canvas.clean_prefix(), canvas.num_clean
         if guidance is not None:
@@ -112,10 +119,9 @@ class Denoiser:
         if cache is None:
             self.text = CleanText.of_prompts(prefix, length)
         else:
-            window = config.window_in_blocks * config.block_size
-            self.text = match_cache(cache, prefix, length, config.block_size, window, canvas.num_stages)
+            self.text = match_cache(cache, prefix, length, config.block_size, self.window, canvas.num_stages)
             cache.clean_text = self.text
-        self._prepared: tuple[tuple[int, int] | None, dict[str, Tensor]] = (None, {})
+        self._prepared: tuple[Any, dict, slice | None] = (None, {}, None)
 
     def denoise_block(self, stage: int, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row."""
@@ -172,45 +178,60 @@ class Denoiser:
 
     def _logits(self, task: BlockTask, block: Tensor, masked: Tensor, candidates: Tensor) -> Tensor:
         """Logits of the candidates [num_candidates, vocab], float32; commits the clean tokens that are not cached."""
-        clean, num_prompts = self.text.pending, len(block)
+        text, cache, num_prompts = self.text, self._read_all_but_last_piece(), len(block)
+        clean = text.pending
         block, is_real = self._as_read(block, task.columns)
         num_clean, num_copies = clean.shape[1], len(block) // num_prompts
         kept, is_candidate = flagged_first(candidates)
-        inputs = self._positions_and_mask(block, is_real)
+        key = (text.num_columns, text.num_cached)
+        if self._prepared[0] != key:
+            positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
+            self._prepared = (key, *self._positions_and_mask(positions, cache, text.is_plain and is_real is None))
+        inputs, seen = dict(self._prepared[1]), self._prepared[2]
         if self.config.time_conditioning:
             sigma = sigma_from_mask_probability(task.sampler.mask_probability(masked))
             sigma = sigma.repeat(num_copies)[:, None].expand(block.shape)
             inputs["timesteps"] = torch.cat([sigma.new_zeros(clean.shape), sigma], dim=1)
-        inputs["cache"] = None if self.cache is None else CommitCache(self.cache, num_clean)
+        inputs["cache"] = None if cache is None else CommitCache(cache, num_clean, seen)
         inputs["logits_to_keep"] = num_clean + kept.repeat(num_copies, 1)
         outputs = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs)
-        if self.cache is not None:
-            self.text.num_cached = self.text.num_columns
+        text.num_cached = 0 if self.cache is None else text.num_columns
         logits = outputs.logits[is_candidate.repeat(num_copies, 1)].float()
         return logits if self.guidance is None else self.guidance.combine(logits)
 
-    def _positions_and_mask(self, block: Tensor, is_real: Tensor | None) -> dict[str, Tensor]:
-        """Positions and mask of the clean tokens that are not cached and of the block; kept while the same."""
-        text, config = self.text, self.config
-        key = (text.num_columns, text.num_cached)
-        if self._prepared[0] == key:
-            return dict(self._prepared[1])
-        positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
-        if text.is_plain and is_real is None:
-            positions = positions[:1]
+    def _read_all_but_last_piece(self) -> Cache | None:
+        """Commits a long text but for its last piece; to the cache, which it returns, or to one for this forward."""
+        text, cache = self.text, self.cache
+        if cache is None and text.num_columns > self.piece_size:
+            cache = sliding_cache(self.config.num_hidden_layers, self.window)
+        while text.num_columns - text.num_cached > self.piece_size:
+            end = text.num_cached + self.piece_size
+            inputs, seen = self._positions_and_mask(text.positions[:, :end], cache, text.is_plain)
+            inputs["cache"] = CommitCache(cache, self.piece_size, seen)
+            self.model(input_ids=text.ids[:, text.num_cached : end], logits_to_keep=1, **inputs)
+            text.num_cached = end
+        return cache
+
+    def _positions_and_mask(self, positions: Tensor, cache: Cache | None, is_plain: bool) -> tuple[dict, slice | None]:
+        """Positions and mask of `positions` [rows, columns] after the cached ones, and `seen` of [`CommitCache`]."""
+        config, num_cached, seen = self.config, self.text.num_cached, None
+        positions = positions[:1] if is_plain else positions
         block_ids = token_block_ids(positions, config.block_size, positions < 0)
-        num_queries = positions.shape[1] - text.num_cached
-        key_blocks = block_ids
-        if self.cache is not None:
-            num_keys, first_key = self.cache.get_mask_sizes(num_queries, 0)
+        query_blocks, key_blocks = block_ids[:, num_cached:], block_ids
+        if cache is not None:
+            num_keys, first_key = cache.get_mask_sizes(query_blocks.shape[1], 0)
             # A static cache has more columns than there are tokens.
             num_empty = first_key + num_keys - block_ids.shape[1]
             key_blocks = torch.nn.functional.pad(block_ids[:, first_key:], (0, num_empty), value=PADDING_BLOCK)
+            if query_blocks.shape[1] > 2 * config.block_size:
+                # A long text is read without the columns that none of it sees.
+                earliest = query_blocks.where(query_blocks >= 0, DOCUMENT_STRIDE).amin(-1, keepdim=True)
+                columns = (key_blocks >= earliest - config.window_in_blocks).any(0).nonzero()
+                seen = slice(int(columns[0]), int(columns[-1]) + 1)
+                key_blocks = key_blocks[:, seen]
         kind = (config.window_in_blocks, config._attn_implementation, self.model.dtype)
-        mask = block_diffusion_mask(block_ids[:, -num_queries:], key_blocks, *kind)
-        inputs = {"position_ids": positions[:, -num_queries:].clamp(min=0), "attention_mask": mask}
-        self._prepared = (key, inputs)
-        return dict(inputs)
+        mask = block_diffusion_mask(query_blocks, key_blocks, *kind)
+        return {"position_ids": positions[:, num_cached:].clamp(min=0), "attention_mask": mask}, seen
 
     def _show(self, block: Tensor, columns: Tensor, streamer: Any) -> None:
         """Gives a streamer that takes them the tokens of an unfinished block."""

@@ -92,12 +92,11 @@ class CleanText:
         return int(torch.where(is_visible, columns, self.num_columns).min()) if self.num_columns else 0
 
     def most_columns_seen(self, window: int, block_size: int, num_stages: int) -> int:
-        """How many of the last columns any of the next blocks sees, the blocks appended until then included."""
+        """How many columns before it any block sees: of those not cached yet, and of the next `num_stages`."""
         columns = torch.arange(self.num_columns, device=self.ids.device)
-        # The last of the next blocks to see a column; a text shorter than the window goes on seeing its beginning.
+        # The last block to see a column; a text shorter than the window goes on seeing its beginning.
         stage = ((self.positions + window - self.length[:, None]) // block_size).clamp(max=num_stages)
-        is_seen = (self.positions >= 0) & (stage >= 0)
-        num_columns = torch.where(is_seen, self.num_columns + stage * block_size - columns, 0)
+        num_columns = torch.where(self.positions >= 0, self.num_columns + stage * block_size - columns, 0)
         return int(num_columns.max()) if num_columns.numel() else 0
 
 

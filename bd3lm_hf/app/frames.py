@@ -35,6 +35,10 @@ class Frame:
     is_last: bool
 
 
+# Frames that `generate` may be ahead of those that are taken; then it waits.
+MOST_FRAMES_AHEAD = 256
+
+
 class Unwatched(Exception):
     """Ends a `generate` whose frames nobody takes any more."""
 
@@ -43,7 +47,7 @@ class FrameStreamer(BaseStreamer):
     """Puts what `generate` shows it into a queue of frames."""
 
     def __init__(self, prompt: torch.Tensor, mask_token_id: int):
-        self.frames: queue.SimpleQueue[Frame | BaseException] = queue.SimpleQueue()
+        self.frames: queue.Queue[Frame | BaseException] = queue.Queue(MOST_FRAMES_AHEAD)
         self.is_watched = True
         self._prompt_is_given = prompt != mask_token_id
         self._start = time.perf_counter()
@@ -69,14 +73,24 @@ class FrameStreamer(BaseStreamer):
     def _put(self, tokens: torch.Tensor, *parts: torch.Tensor, num_forwards: int, is_last: bool) -> None:
         is_given = torch.zeros_like(tokens, dtype=torch.bool)
         is_given[: len(self._prompt_is_given)] = self._prompt_is_given
-        self.frames.put(Frame(tokens, is_given, *parts, num_forwards, time.perf_counter() - self._start, is_last))
+        now = time.perf_counter()
+        self.frames.put(Frame(tokens, is_given, *parts, num_forwards, now - self._start, is_last))
+        # What it waits is no part of the seconds that it takes.
+        self._start += time.perf_counter() - now
+
+    def close(self) -> None:
+        """Lets a `generate` that waits go on, and end at its next step."""
+        self.is_watched = False
+        while not self.frames.empty():
+            self.frames.get_nowait()
 
 
 def watch(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterator[Frame]:
     """
     The frames of `model.generate(input_ids, **options)`, the last one made of what it returns.
 
-    `generate` does not wait for whoever looks at them. A generator that is closed ends it at its next step.
+    `generate` is at most `MOST_FRAMES_AHEAD` ahead of whoever looks at them. A generator that is closed ends it at its
+    next step.
 
     Args:
         input_ids: a single prompt [1, length].
@@ -112,5 +126,5 @@ def watch(model: Any, input_ids: torch.Tensor, **options: Any) -> Iterator[Frame
             if frame.is_last:
                 return
     finally:
-        streamer.is_watched = False
+        streamer.close()
         thread.join()

@@ -11,6 +11,8 @@ import torch
 MOST_ENUMERATED_TOKENS = 4
 # For larger blocks: so many independent draws of the noise.
 NUM_DRAWS = 32
+# Tokens of a text and of its copies that are read at once; a mask is of all their pairs.
+MOST_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,15 @@ def likelihood_of_new_tokens(model: Any, tokens: torch.Tensor, is_new: torch.Ten
     is_bound = most_new > 1 or model.config.time_conditioning
     is_exact = most_new <= MOST_ENUMERATED_TOKENS and not model.config.time_conditioning
     if is_exact:
-        masked, weights = every_mask(block, is_new, num_new)
-        noise = {
-            "input_ids": torch.where(masked, model.config.mask_token_id, tokens).flatten()[None],
-            "loss_weights": weights.flatten()[None],
-        }
-        noise = {name: values.to(model.device) for name, values in noise.items()}
-        nelbo = model(clean_input_ids=text, labels=labels, **noise).loss.item()
+        num_at_once = max(MOST_AT_ONCE // len(tokens) - 1, 1)
+        nelbo = 0.0
+        for masked, weights in zip(*(part.split(num_at_once) for part in every_mask(block, is_new, num_new))):
+            noise = {
+                "input_ids": torch.where(masked, model.config.mask_token_id, tokens).flatten()[None],
+                "loss_weights": weights.flatten()[None],
+            }
+            noise = {name: values.to(model.device) for name, values in noise.items()}
+            nelbo += model(clean_input_ids=text, labels=labels, **noise).loss.item()
         return Likelihood(nelbo, 0.0, True, is_bound)
     draws = [model(text, labels=labels, noise_seed=seed).loss.double() for seed in range(NUM_DRAWS)]
     draws = torch.stack(draws)

@@ -5,15 +5,20 @@ from typing import Any
 
 from .drawing import STYLE, draw_legend
 from .uploads import NoUploads
-from .writing import GAP, SAMPLERS, TAKEN_BY, Writer
+from .writing import GAP, LIMITS, MOST_TOKENS, SAMPLERS, TAKEN_BY, Writer
 
 
 try:
     import gradio as gr
     from starlette.middleware import Middleware
+
+    from .patience import waiting_for_reader
 except ImportError as error:
     raise ImportError("The app needs gradio: pip install 'bd3lm-hf[app]'") from error
 
+
+# Visitors who wait; others are told so, and come back.
+MOST_WAITING = 64
 
 HINT = '<div class="bd3lm"><div class="bd3lm-text"><span class="hint">Here the text will appear.</span></div></div>'
 
@@ -39,8 +44,8 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
             with gr.Column(scale=2, min_width=340):
                 with gr.Tabs():
                     with gr.Tab("Continue"):
-                        prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id="prompt")
-                        longest = max(config.max_position_embeddings, 2)
+                        prompt = gr.Textbox(label="Prompt", info=LIMITS, lines=3, max_lines=12, elem_id="prompt")
+                        longest = min(max(config.max_position_embeddings, 2), MOST_TOKENS // 2)
                         max_new_tokens = gr.Slider(
                             1, longest, min(64, longest), step=1, label="New tokens", elem_id="max_new_tokens"
                         )
@@ -48,7 +53,7 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
                     with gr.Tab("Fill gaps"):
                         gapped = gr.Textbox(
                             label="Text with gaps",
-                            info="Three underscores are a gap, or a mask token for each token of one.",
+                            info=f"Three underscores are a gap, or a mask token for each token of one. {LIMITS}",
                             placeholder=f"def {GAP}(path):",
                             lines=3,
                             max_lines=12,
@@ -69,12 +74,15 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
             "concurrency_id": "model",
         }
         runs = [
-            write.click(writer.write, [prompt, max_new_tokens, *choices], api_name="write", **run),
-            fill.click(writer.fill, [gapped, gap_length, *choices], api_name="fill", **run),
+            button.click(waiting_for_reader(page, steps), [*inputs, *choices], api_name=steps.__name__, **run)
+            for button, steps, inputs in (
+                (write, writer.write, [prompt, max_new_tokens]),
+                (fill, writer.fill, [gapped, gap_length]),
+            )
         ]
         for stop in (stop_writing, stop_filling):
             stop.click(None, cancels=runs)
-    return page
+    return page.queue(max_size=MOST_WAITING)
 
 
 def _buttons(elem_id: str, label: str) -> tuple[gr.Button, gr.Button]:

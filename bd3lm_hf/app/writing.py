@@ -31,6 +31,15 @@ TAKEN_BY = {
 LARGEST_SEED = 2**31 - 1
 # More of them would let one visitor hold the model, and its memory, for as long as they like.
 MOST_STEPS = 1000
+# Of a text that is sent, before anything is done with it.
+MOST_CHARACTERS = 20_000
+# Given and new ones together: the perplexity compares all pairs of them, and each step draws all of them.
+MOST_TOKENS = 2048
+MOST_GAPS = 100
+LIMITS = (
+    f"Takes up to {MOST_CHARACTERS:,} characters and {MOST_GAPS} gaps, and {MOST_TOKENS:,} tokens, the new ones among "
+    "them."
+)
 
 # The text, its legend and its figures.
 Shown = tuple[str, str, str]
@@ -67,19 +76,28 @@ class Writer:
     @shows_errors
     def write(self, prompt: str, max_new_tokens: int, *choices: Any) -> Iterator[Shown]:
         """Continues a prompt; yields what to show after each step."""
+        check_at_most(MOST_CHARACTERS, "characters", prompt=len(prompt or ""))
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         bos_token_id = self.tokenizer.bos_token_id
         if bos_token_id is not None and ids[:1] != [bos_token_id]:
             ids = [bos_token_id, *ids]
+        check_at_most(MOST_TOKENS, "tokens", prompt=len(ids), max_new_tokens=int(max_new_tokens))
         input_ids = torch.tensor([ids], dtype=torch.long)
         yield from self._show(input_ids, {"max_new_tokens": int(max_new_tokens)}, *choices)
 
     @shows_errors
     def fill(self, text: str, gap_length: int, *choices: Any) -> Iterator[Shown]:
         """Fills the gaps of a text, each with so many tokens; yields what to show after each step."""
+        check_at_most(MOST_CHARACTERS, "characters", text=len(text or ""))
         by_token = self.tokenizer.mask_token in text
         marks = {} if by_token else {"placeholder": GAP, "gap_length": int(gap_length)}
+        if not by_token:
+            check_at_most(MOST_GAPS, "gaps", text=text.count(GAP))
+            check_at_most(MOST_TOKENS, "tokens", gap_length=text.count(GAP) * int(gap_length))
         input_ids = self.pipeline.preprocess(text, **marks)["input_ids"]
+        check_at_most(MOST_TOKENS, "tokens", text=input_ids.shape[1])
+        is_gap = input_ids[0] == self.tokenizer.mask_token_id
+        check_at_most(MOST_GAPS, "gaps", text=int(is_gap[0]) + int((is_gap[1:] & ~is_gap[:-1]).sum()))
         special_ids = sorted(set(self.tokenizer.all_special_ids))
         yield from self._show(input_ids, {"infill": True, "suppress_tokens": special_ids}, *choices)
 
@@ -132,6 +150,17 @@ class Writer:
             yield draw(frame), legend, figures(frame)
         likelihood = likelihood_of_new_tokens(self.model, frame.tokens, ~frame.is_given)
         yield draw(frame), legend, figures(frame, likelihood)
+
+
+def check_at_most(limit: int, unit: str, **sizes: int) -> None:
+    """
+    Raises a ValueError where the sizes of what was sent, by name, are together beyond the page's limit, or negative.
+    """
+    names = " and ".join(f"`{name}`" for name in sizes)
+    if sum(sizes.values()) > limit or min(sizes.values()) < 0:
+        parts = " and ".join(f"{size:,}" for size in sizes.values())
+        together = " together" if len(sizes) > 1 else ""
+        raise ValueError(f"{names} must have at most {limit:,} {unit}{together} on this page, but got {parts}.")
 
 
 def number_of(name: str, value: str | float | None, kind: type) -> Any:

@@ -16,6 +16,7 @@ from ..noise.intervals import noise_interval_grid
 from ..noise.sampler import Noise, NoiseSampler
 from .estimate import Estimate, sum_per_sequence, variance_of_blocks
 from .mode import evaluation_mode
+from .pieces import token_nelbo
 
 
 # What `block_statistics` finds out of each block.
@@ -178,7 +179,7 @@ def block_statistics(
     x_0 = inputs["input_ids"]
     if not weighted:
         noise = replace(noise, loss_weights=torch.ones_like(noise.loss_weights))
-    nelbo = model(**{**inputs, **noise.inputs(x_0)}).token_nelbo
+    nelbo = token_nelbo(model, inputs, blocks, noise)
     num_bytes = torch.zeros_like(x_0)
     if token_bytes is not None:
         num_bytes = token_bytes.to(x_0.device)[inputs.get("labels", x_0).clamp(min=0)] * blocks.predicted

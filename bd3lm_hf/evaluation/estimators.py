@@ -19,6 +19,7 @@ from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 from ..modeling.two_stream_block_diffusion import TextBlocks
 from ..noise.sampler import Noise, NoiseSampler
+from .pieces import token_nelbo
 
 
 ESTIMATOR_NAMES = ("exact", "stratified", "monte_carlo")
@@ -141,7 +142,7 @@ class BlockDiffusionScorer:
         x_0 = batch["input_ids"]
         blocks = TextBlocks.of_batch(self.model.config, **batch)
         for noise in self.noise.of_batch(x_0, blocks, rows, draw):
-            yield self.model(**{**batch, **noise.inputs(x_0)}).token_nelbo
+            yield token_nelbo(self.model, batch, blocks, noise)
 
 
 class CausalScorer:
