@@ -40,26 +40,20 @@ class GenerationRecord:
             self.reveal_steps = torch.zeros_like(canvas.tokens)
             self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
 
-    def note_prediction(self, prediction: Prediction, columns: Tensor) -> None:
-        """Counts a forward, and keeps what it gave for its candidates among the `columns` [batch, block_size]."""
+    def note(self, prediction: Prediction, revealed: Tensor, columns: Tensor) -> None:
+        """Counts a forward, and keeps what it gave at `columns`, of the `revealed` tokens too [batch, block_size]."""
         candidates = prediction.candidates
         self.num_forward_passes += candidates.any(-1)
-        if self.scores is None and self.logits is None:
-            return
         row, index = candidates.nonzero()[:, 0], columns[candidates] - self.prompt_width
         is_new = index >= 0
         for kept, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
             if kept is not None:
                 kept[index[is_new], row[is_new]] = values[is_new]
-
-    def note_reveal(self, prediction: Prediction, revealed: Tensor, columns: Tensor) -> None:
-        """Notes the row's forward and the probability of each `revealed` token, bool [batch, block_size]."""
-        if self.reveal_steps is None:
-            return
-        steps = self.num_forward_passes[:, None].expand(columns.shape)
-        probability = prediction.confidence("probability")
-        for record, values in ((self.reveal_steps, steps), (self.token_probabilities, probability)):
-            record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
+        if self.reveal_steps is not None:
+            steps = self.num_forward_passes[:, None].expand(columns.shape)
+            probability = prediction.confidence("probability")
+            for record, values in ((self.reveal_steps, steps), (self.token_probabilities, probability)):
+                record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
 
     def of_sequences(self, progress: RowProgress, length: int) -> dict[str, Any]:
         """The fields of the output, cut to the `length` of the sequences that are returned."""
@@ -154,8 +148,7 @@ class Denoiser:
             revealed = sampler.reveal(candidates, confidence)
             self.predictor.settle(prediction, revealed, *place)
             block = torch.where(revealed, prediction.tokens, block)
-            self.record.note_prediction(prediction, task.columns)
-            self.record.note_reveal(prediction, revealed, task.columns)
+            self.record.note(prediction, revealed, task.columns)
         masked = masked & ~revealed
         remasked = sampler.remask(known)
         if sampler.may_remask:

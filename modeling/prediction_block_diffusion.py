@@ -64,7 +64,7 @@ def add_sequence_bias(scores: Tensor, sequence_bias: dict, text: Tensor, column:
     for size in sorted({len(ids) for ids in rules} - {1}):
         ids = column.new_tensor([ids for ids in rules if len(ids) == size])
         bias = scores.new_tensor([rules[ids] for ids in rules if len(ids) == size])
-        around = around_tokens(text, size, unknown)[torch.arange(len(text)), column]
+        around = around_tokens(text, size, unknown)[torch.arange(len(text), device=text.device), column]
         # What begins k tokens before the predicted one has it in place k.
         is_own = torch.eye(size, dtype=torch.bool, device=text.device).flip(0)
         is_complete = ((around.unfold(1, size, 1)[:, None] == ids[:, None]) | is_own).all(-1)
@@ -77,7 +77,7 @@ def ban_n_grams(scores: Tensor, size: int, text: Tensor, column: Tensor, source:
     `scores` [rows, vocab] of the tokens at `column` [rows] of `text` [rows, length], without those that would complete
     an n-gram of so many tokens that is in the `source`: in `text` itself, or in another one.
     """
-    around = around_tokens(text, size, unknown)[torch.arange(len(text)), column][:, None]
+    around = around_tokens(text, size, unknown)[torch.arange(len(text), device=text.device), column][:, None]
     others = around_tokens(source, size, unknown)
     if source is text:
         # An n-gram may overlap the one that it repeats: the predicted token is then the one that it is compared with.

@@ -215,30 +215,57 @@ def broken(text, arguments, prompt):
                     yield gram
 
 
-@pytest.mark.parametrize("gaps", [False, True])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(
-    "rule",
-    [
-        {"bad_words_ids": BAD_WORDS},
-        {"no_repeat_ngram_size": 2},
-        {"no_repeat_ngram_size": 3, "bad_words_ids": BAD_WORDS},
-        {"encoder_no_repeat_ngram_size": 2},
-    ],
-    ids=lambda rule: " ".join(rule),
+BANS = (
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": BAD_WORDS, "no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 2},
 )
-def test_no_text_holds_what_is_banned(small, sampler, rule, gaps):
-    inputs = left_padded(random_prompts([3, 12, 20, 17] * 8, vocab_size=24))
-    if gaps:
-        is_gap = torch.rand(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(1)) < 0.3
-        inputs["input_ids"][is_gap & (inputs["attention_mask"] == 1)] = small.config.mask_token_id
-        inputs["infill"] = True
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("rules", BANS, ids=lambda rules: ", ".join(rules))
+def test_no_text_holds_what_is_banned(small, sampler, rules):
+    """Prompts of several lengths, every other one with gaps, so that tokens are known after the ones to write."""
+    inputs = left_padded(random_prompts([3, 12, 20, 17] * 6, vocab_size=24))
+    is_gap = torch.rand(inputs["input_ids"].shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    is_gap[::2] = False
+    inputs["input_ids"][is_gap & (inputs["attention_mask"] == 1)] = small.config.mask_token_id
     num_broken = []
-    for rules in ({}, rule):
-        texts = small.generate(**inputs, **SAMPLERS[sampler], **rules, max_new_tokens=13, seed=0)
+    for arguments in ({}, rules):
+        arguments = SAMPLERS[sampler] | arguments | {"infill": True, "max_new_tokens": 13, "seed": 0}
+        texts = small.generate(**inputs, **arguments)
         num_broken.append(0)
         for text, given, mask in zip(texts.tolist(), inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()):
             first = mask.index(1)
             prompt = [None if token == small.config.mask_token_id else token for token in given[first:]]
-            num_broken[-1] += len(list(broken(text[first:], rule, prompt)))
+            num_broken[-1] += len(list(broken(text[first:], rules, prompt)))
     assert num_broken[0] > 5 and num_broken[1] == 0
+
+
+def test_a_token_that_its_two_neighbours_leave_nothing_for_is_an_error(small):
+    prompt = torch.tensor([[3, 4, small.config.mask_token_id, 6]])
+    half = [[4, token] for token in range(12)] + [[token, 6] for token in range(12, 24)]
+    with pytest.raises(ValueError, match="both sides of one may together ban all that it could be"):
+        small.generate(prompt, infill=True, bad_words_ids=half)
+    text = small.generate(prompt, infill=True, bad_words_ids=half[:-1])
+    assert text.tolist() == [[3, 4, 23, 6]]
+
+
+def test_scores_and_probabilities_are_those_of_the_token_that_was_settled_on(small):
+    """The likeliest token in every place of one step is one; all but the first take what is left to them."""
+    output = small.generate(
+        torch.tensor([[1, 2]]),
+        max_new_tokens=6,
+        sampler="confidence",
+        denoising_steps=1,
+        do_sample=False,
+        no_repeat_ngram_size=1,
+        **dict.fromkeys(("return_dict_in_generate", "output_scores", "output_logits", "output_reveal"), True),
+    )
+    text = output.sequences[0].tolist()
+    assert len(set(text)) == 8
+    for column, (scores, logits) in enumerate(zip(output.scores, output.logits), start=2):
+        banned = (scores[0] == -torch.inf).nonzero().flatten().tolist()
+        assert banned == sorted([*text[:column], small.config.mask_token_id])
+        assert scores[0].argmax() == text[column]
+        probability = logits[0].softmax(-1)[text[column]]
+        torch.testing.assert_close(output.token_probabilities[0, column], probability)
