@@ -119,6 +119,9 @@ class TokenPredictor:
     """Draws tokens from the processed logits of masked positions, in the context of `prompts` [batch, width]."""
 
     def __init__(self, logits_processor: LogitsProcessorList, do_sample: bool, mask_token_id: int, prompts: Tensor):
+        if any(isinstance(part, generation.SynthIDTextWatermarkLogitsProcessor) for part in logits_processor):
+            wrong_kind = "SynthID's, whose processor must be called for one token after the other"
+            raise ValueError(f"`watermarking_config` must be a `WatermarkingConfig`, but got {wrong_kind}.")
         self.logits_processor = logits_processor
         self.reads_context = not all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
         self.do_sample = do_sample
@@ -183,23 +186,19 @@ class TokenPredictor:
             if isinstance(processor, CONTEXT_FREE_PROCESSORS):
                 scores = processor(text, scores)
             elif type(processor) in BIASES:
-                # In an empty text it looks after single tokens.
-                scores = processor(text[:, :0], scores)
-                scores = add_sequence_bias(scores, processor.sequence_bias, text, column, self.mask_token_id)
+                # It adds the bias of single tokens alone to an empty text.
+                scores, biases = processor(text[:, :0], scores), processor.sequence_bias
+                scores = add_sequence_bias(scores, biases, text, column, self.mask_token_id)
             elif type(processor) in N_GRAM_BANS:
                 source = text if type(processor) is N_GRAM_BANS[0] else self.prompts[row]
                 scores = ban_n_grams(scores, processor.ngram_size, text, column, source, self.mask_token_id)
             else:
-                scores = self._process_columns(processor, scores, row, column, context)
+                scores = self._by_column(processor, scores, row, column, context)
         return scores
 
-    def _process_columns(
-        self, processor: LogitsProcessor, scores: Tensor, row: Tensor, column: Tensor, context: Tensor
-    ):
-        """
-        As `_process`, by a processor that may read the tokens before the predicted one, their number and that of the
-        row: it is run on each column for the whole batch. What is repeated is what any known token is, also after it.
-        """
+    def _by_column(self, processor: LogitsProcessor, scores: Tensor, row: Tensor, column: Tensor, context: Tensor):
+        """As `_process`; a processor that may read the tokens before, their number and the row has a whole column."""
+        # What is repeated may also come after the token.
         reads_all = isinstance(processor, generation.RepetitionPenaltyLogitsProcessor)
         processed = scores.clone()
         for end in column.unique().tolist():

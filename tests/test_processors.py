@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_model
 from test_generation import left_padded, random_prompts
-from transformers import LogitsProcessor, LogitsProcessorList, WatermarkingConfig
+from transformers import LogitsProcessor, LogitsProcessorList, SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "generation.md"
@@ -190,6 +190,8 @@ def watermarking_config(model):
         green = frozenset(((scores - logits)[0] > 1).nonzero().flatten().tolist())
         assert lists.setdefault(int(text[column - 1]), green) == green and len(green) in (14, 15)
     assert MASK in lists and len(set(lists.values())) == len(lists)
+    with pytest.raises(ValueError, match="`watermarking_config` must be a `WatermarkingConfig`, but got SynthID's"):
+        generate(model, watermarking_config=SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3))
 
 
 def logits_processor(model):
