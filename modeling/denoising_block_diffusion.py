@@ -45,24 +45,20 @@ class GenerationRecord:
             self.reveal_steps = torch.zeros_like(canvas.tokens)
             self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
 
-    def note_prediction(self, prediction: Prediction, candidates: Tensor, columns: Tensor) -> None:
-        """Counts a forward, and keeps what it gave for the `candidates`, bool [batch, block_size], at `columns`."""
+    def note(self, prediction: Prediction, revealed: Tensor, columns: Tensor) -> None:
+        """Counts a forward, and keeps what it gave at `columns`, of the `revealed` tokens too [batch, block_size]."""
+        candidates = prediction.candidates
         self.num_forward_passes += candidates.any(-1)
-        if self.scores is None and self.logits is None:
-            return
         row, index = candidates.nonzero()[:, 0], columns[candidates] - self.prompt_width
         is_new = index >= 0
         for kept, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
             if kept is not None:
                 kept[index[is_new], row[is_new]] = values[is_new]
-
-    def note_reveal(self, prediction: Prediction, revealed: Tensor, columns: Tensor) -> None:
-        """Notes the row's forward and the probability of each `revealed` token, bool [batch, block_size]."""
-        if self.reveal_steps is None:
-            return
-        steps = self.num_forward_passes[:, None].expand(columns.shape)
-        for record, values in ((self.reveal_steps, steps), (self.token_probabilities, prediction.probability)):
-            record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
+        if self.reveal_steps is not None:
+            steps = self.num_forward_passes[:, None].expand(columns.shape)
+            probability = prediction.confidence("probability")
+            for record, values in ((self.reveal_steps, steps), (self.token_probabilities, probability)):
+                record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
 
     def of_sequences(self, progress: RowProgress, length: int) -> dict[str, Any]:
         """The fields of the output, cut to the `length` of the sequences that are returned."""
@@ -106,7 +102,8 @@ class Denoiser:
         self.config = config = model.config
         self.canvas = canvas
         self.generation_config = generation_config
-        self.predictor = TokenPredictor(logits_processor, generation_config.do_sample, config.mask_token_id)
+        prompts = canvas.context()[:, : canvas.prompt_width]
+        self.predictor = TokenPredictor(logits_processor, generation_config.do_sample, config.mask_token_id, prompts)
         self.cache = cache
         self.guidance = guidance
         self.seeds = generation_config.row_seeds(canvas.tokens.shape[0])
@@ -151,13 +148,13 @@ class Denoiser:
         uniform = task.noise.uniform()
         if not sampler.may_pause or candidates.any():
             logits = self._logits(task, block, masked, candidates)
-            kinds = (sampler.confidence, None if self.record.reveal_steps is None else "probability")
-            context = self.canvas.context()
-            prediction = self.predictor.predict(logits, candidates, task.columns, context, uniform, kinds)
-            self.record.note_prediction(prediction, candidates, task.columns)
-            revealed = sampler.reveal(candidates, prediction.confidence)
+            place = (task.columns, self.canvas.context(), uniform)
+            prediction = self.predictor.predict(logits, candidates, *place)
+            confidence = None if sampler.confidence is None else prediction.confidence(sampler.confidence)
+            revealed = sampler.reveal(candidates, confidence)
+            self.predictor.settle(prediction, revealed, *place)
             block = torch.where(revealed, prediction.tokens, block)
-            self.record.note_reveal(prediction, revealed, task.columns)
+            self.record.note(prediction, revealed, task.columns)
         masked = masked & ~revealed
         remasked = sampler.remask(known)
         if sampler.may_remask:
@@ -196,6 +193,7 @@ class Denoiser:
         inputs["logits_to_keep"] = num_clean + kept.repeat(num_copies, 1)
         outputs = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs)
         text.num_cached = 0 if self.cache is None else text.num_columns
+        task.sampler.tolerance = torch.finfo(outputs.logits.dtype).eps ** 0.5
         logits = outputs.logits[is_candidate.repeat(num_copies, 1)].float()
         return logits if self.guidance is None else self.guidance.combine(logits)
 

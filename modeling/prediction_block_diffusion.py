@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, generation
+from transformers import LogitsProcessor, LogitsProcessorList, generation
 
 
 # Usual processors whose result does not depend on the tokens so far: any rows may share a call.
@@ -16,6 +16,9 @@ CONTEXT_FREE_PROCESSORS = (
     generation.TopKLogitsWarper,
     generation.TopPLogitsWarper,
 )
+# Those of sequences of tokens, of which any token may be the last to be revealed.
+BIASES = (generation.SequenceBiasLogitsProcessor, generation.NoBadWordsLogitsProcessor)
+N_GRAM_BANS = (generation.NoRepeatNGramLogitsProcessor, generation.EncoderNoRepeatNGramLogitsProcessor)
 CONFIDENCES = ("probability", "margin", "negative_entropy")
 
 
@@ -47,33 +50,83 @@ def confidence_of(kind: str, log_probs: Tensor, tokens: Tensor) -> Tensor:
     return (log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
 
 
+def around_tokens(text: Tensor, size: int, unknown: int) -> Tensor:
+    """Each token of `text` [rows, length] with `size - 1` on either side of it [rows, length, 2 size - 1]."""
+    return torch.nn.functional.pad(text, (size - 1, size - 1), value=unknown).unfold(1, 2 * size - 1, 1)
+
+
+def add_sequence_bias(scores: Tensor, sequence_bias: dict, text: Tensor, column: Tensor, unknown: int) -> Tensor:
+    """
+    `scores` [rows, vocab] of the tokens at `column` [rows] of `text` [rows, length], plus the bias of each sequence of
+    several tokens that they would complete, whichever place of it they take.
+    """
+    rules = {ids: bias for ids, bias in sequence_bias.items() if unknown not in ids}
+    for size in sorted({len(ids) for ids in rules} - {1}):
+        ids = column.new_tensor([ids for ids in rules if len(ids) == size])
+        bias = scores.new_tensor([rules[ids] for ids in rules if len(ids) == size])
+        around = around_tokens(text, size, unknown)[torch.arange(len(text), device=text.device), column]
+        # What begins k tokens before the predicted one has it in place k.
+        is_own = torch.eye(size, dtype=torch.bool, device=text.device).flip(0)
+        is_complete = ((around.unfold(1, size, 1)[:, None] == ids[:, None]) | is_own).all(-1)
+        scores = scores.index_add(1, ids.flip(1).flatten(), torch.where(is_complete, bias[:, None], 0.0).flatten(1))
+    return scores
+
+
+def ban_n_grams(scores: Tensor, size: int, text: Tensor, column: Tensor, source: Tensor, unknown: int) -> Tensor:
+    """
+    `scores` [rows, vocab] of the tokens at `column` [rows] of `text` [rows, length], without those that would complete
+    an n-gram of so many tokens that is in the `source`: in `text` itself, or in another one.
+    """
+    around = around_tokens(text, size, unknown)[torch.arange(len(text), device=text.device), column][:, None]
+    others = around_tokens(source, size, unknown)
+    if source is text:
+        # An n-gram may overlap the one that it repeats: the predicted token is then the one that it is compared with.
+        offset = column[:, None] - torch.arange(text.shape[1], device=text.device)
+        is_own = torch.arange(1 - size, size, device=text.device) == offset[..., None]
+        others = torch.where(is_own, source[..., None], others)
+    is_same = (others == around) & (around != unknown)
+    is_same[..., size - 1] = source != unknown
+    is_banned = is_same.unfold(-1, size, 1).all(-1).any(-1)
+    return scores.scatter_add(1, source, torch.where(is_banned, -torch.inf, 0.0))
+
+
 @dataclass
 class Prediction:
     """
     What one forward predicts.
 
     Attributes:
-        tokens: a token for each candidate [batch, block_size]; arbitrary elsewhere.
-        confidence: how sure the model is of it [batch, block_size], -inf elsewhere; None unless asked for.
-        probability: the model's probability of it, before the processors [batch, block_size]; None unless asked for.
+        candidates: the positions that are predicted, bool [batch, block_size].
+        tokens: a token for each of them [batch, block_size]; arbitrary elsewhere.
         logits, scores: before and after the processors [num_candidates, vocab].
     """
 
+    candidates: Tensor
     tokens: Tensor
-    confidence: Tensor | None
-    probability: Tensor | None
     logits: Tensor
     scores: Tensor
 
+    def confidence(self, kind: str) -> Tensor:
+        """How sure the model itself is of each token by [`confidence_of`], -inf elsewhere [batch, block_size]."""
+        confidence = torch.full(self.candidates.shape, -torch.inf, device=self.logits.device)
+        values = confidence_of(kind, self.logits.log_softmax(-1), self.tokens[self.candidates])
+        # Of logits that are NaN too there is a least confident token, so that every block ends.
+        confidence[self.candidates] = values.nan_to_num(torch.finfo(values.dtype).min)
+        return confidence
+
 
 class TokenPredictor:
-    """Draws tokens from the processed logits of masked positions."""
+    """Draws tokens from the processed logits of masked positions, in the context of `prompts` [batch, width]."""
 
-    def __init__(self, logits_processor: LogitsProcessorList, do_sample: bool, mask_token_id: int):
+    def __init__(self, logits_processor: LogitsProcessorList, do_sample: bool, mask_token_id: int, prompts: Tensor):
+        if any(isinstance(part, generation.SynthIDTextWatermarkLogitsProcessor) for part in logits_processor):
+            wrong_kind = "SynthID's, whose processor must be called for one token after the other"
+            raise ValueError(f"`watermarking_config` must be a `WatermarkingConfig`, but got {wrong_kind}.")
         self.logits_processor = logits_processor
-        self.shares_calls = all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
+        self.reads_context = not all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
         self.do_sample = do_sample
         self.mask_token_id = mask_token_id
+        self.prompts = prompts
         self._is_valid = self._is_finite = torch.tensor(True)
 
     def check(self) -> None:
@@ -87,11 +140,12 @@ class TokenPredictor:
             )
         raise ValueError(
             "The scores of a masked token must be finite for at least one token that may be drawn, and NaN or +inf "
-            "for none, but got others from the `logits_processor` and the constraints, out of finite logits."
+            "for none, but got others from the `logits_processor` and the constraints, out of finite logits; the "
+            "tokens on both sides of one may together ban all that it could be."
         )
 
     def predict(
-        self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor, uniform: Tensor, kinds: tuple
+        self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor, uniform: Tensor
     ) -> Prediction:
         """
         Args:
@@ -100,52 +154,56 @@ class TokenPredictor:
             columns: where each row's block lies in `context` [batch, block_size].
             context: all tokens as [`Canvas.context`] gives them [batch, width].
             uniform: numbers in [0, 1) to draw with [batch, block_size].
-            kinds: of the confidence and the probability that are asked for ([`confidence_of`]), None for none.
         """
         logits[:, self.mask_token_id] = -torch.inf
         self._is_finite = self._is_finite.to(logits.device) & logits.amax(-1).isfinite().all()
-        scores = self._process(logits, candidates, columns, context)
+        scores = self._process(logits, candidates.nonzero()[:, 0], columns[candidates], context)
         # A processor may have lifted the ban, such as one that is left with nothing to allow.
         scores[:, self.mask_token_id] = -torch.inf
         self._is_valid = self._is_valid.to(scores.device) & scores.amax(-1).isfinite().all()
         chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
-        tokens = torch.zeros_like(columns)
-        tokens[candidates] = chosen
-        confidence, probability = (self._confidence(kind, logits, candidates, chosen) for kind in kinds)
-        return Prediction(tokens, confidence, probability, logits, scores)
+        return Prediction(candidates, torch.zeros_like(columns).masked_scatter(candidates, chosen), logits, scores)
 
-    def _confidence(self, kind: str | None, logits: Tensor, candidates: Tensor, chosen: Tensor) -> Tensor | None:
-        if kind is None:
-            return None
-        confidence = torch.full(candidates.shape, -torch.inf, device=logits.device)
-        # Of logits that are NaN too there is a least confident token, so that every block ends.
-        least = torch.finfo(confidence.dtype).min
-        confidence[candidates] = confidence_of(kind, logits.log_softmax(-1), chosen).nan_to_num(least)
-        return confidence
+    def settle(self, prediction: Prediction, revealed: Tensor, columns: Tensor, context: Tensor, uniform: Tensor):
+        """
+        Predicts tokens that are `revealed` together, bool [batch, block_size], once more from left to right, each in a
+        context with those before it, if a processor reads that; arguments as in `predict`.
+        """
+        if not self.reads_context or revealed.sum(-1).amax() < 2:
+            return
+        for index in range(1, columns.shape[1]):
+            chosen = revealed & (torch.arange(columns.shape[1], device=columns.device) == index)
+            if (which := chosen[prediction.candidates]).any():
+                known = torch.where(revealed, prediction.tokens, context.gather(1, columns))[:, :index]
+                known = context.scatter(1, columns[:, :index], known)
+                drawn = self.predict(prediction.logits[which], chosen, columns, known, uniform)
+                prediction.scores[which], prediction.tokens[chosen] = drawn.scores, drawn.tokens[chosen]
 
-    def _process(self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor) -> Tensor:
-        """Runs the logits processors on the candidates' scores [num_candidates, vocab]."""
-        row_of, column_of = candidates.nonzero()[:, 0], columns[candidates]
-        if self.shares_calls:
-            return self.logits_processor(context[row_of], logits.clone())
-        # A processor may read the tokens left of the predicted one, their number, and the index of the row: each
-        # column is processed for the whole batch.
-        scores = logits.clone()
-        for column in column_of.unique().tolist():
-            chosen = column_of == column
-            batch_scores = logits.new_zeros(len(context), logits.shape[1])
-            batch_scores[row_of[chosen]] = logits[chosen]
-            scores[chosen] = self._process_column(context[:, :column], batch_scores)[row_of[chosen]]
-        return scores
-
-    def _process_column(self, context: Tensor, scores: Tensor) -> Tensor:
-        """Runs the processors on the scores of one column [batch, vocab]; `context` [batch, columns before it]."""
+    def _process(self, logits: Tensor, row: Tensor, column: Tensor, context: Tensor) -> Tensor:
+        """Runs the processors on the scores [rows, vocab] of the tokens at `column` of `row` of the context [rows]."""
+        scores, text = logits.clone(), context[row]
         for processor in self.logits_processor:
-            processed = processor(context, scores)
-            if isinstance(processor, generation.NoRepeatNGramLogitsProcessor):
-                # An n-gram begun by tokens that are not known yet repeats nothing.
-                start = max(context.shape[1] - processor.ngram_size + 1, 0)
-                is_known = (context[:, start:] != self.mask_token_id).all(-1, keepdim=True)
-                processed = torch.where(is_known, processed, scores)
-            scores = processed
+            if isinstance(processor, CONTEXT_FREE_PROCESSORS):
+                scores = processor(text, scores)
+            elif type(processor) in BIASES:
+                # It adds the bias of single tokens alone to an empty text.
+                scores, biases = processor(text[:, :0], scores), processor.sequence_bias
+                scores = add_sequence_bias(scores, biases, text, column, self.mask_token_id)
+            elif type(processor) in N_GRAM_BANS:
+                source = text if type(processor) is N_GRAM_BANS[0] else self.prompts[row]
+                scores = ban_n_grams(scores, processor.ngram_size, text, column, source, self.mask_token_id)
+            else:
+                scores = self._by_column(processor, scores, row, column, context)
         return scores
+
+    def _by_column(self, processor: LogitsProcessor, scores: Tensor, row: Tensor, column: Tensor, context: Tensor):
+        """As `_process`; a processor that may read the tokens before, their number and the row has a whole column."""
+        # What is repeated may also come after the token.
+        reads_all = isinstance(processor, generation.RepetitionPenaltyLogitsProcessor)
+        processed = scores.clone()
+        for end in column.unique().tolist():
+            chosen = column == end
+            batch_scores = scores.new_zeros(len(context), scores.shape[1])
+            batch_scores[row[chosen]] = scores[chosen]
+            processed[chosen] = processor(context if reads_all else context[:, :end], batch_scores)[row[chosen]]
+        return processed

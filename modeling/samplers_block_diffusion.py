@@ -45,6 +45,8 @@ class Sampler:
     may_pause = False
     # Whether `remask` may ever mask something.
     may_remask = False
+    # How much confidences may differ by rounding, as a share; that of the dtype of the logits before `reveal`.
+    tolerance = torch.finfo(torch.float32).eps ** 0.5
 
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
         """Called before the first step with the `masked` positions [batch, block_size] and the block's `noise`."""
@@ -72,6 +74,18 @@ class Sampler:
     def remask(self, known: Tensor) -> Tensor:
         """After each step, which of the tokens `known` before it are masked again, bool [batch, block_size]."""
         return torch.zeros_like(known)
+
+    def surest(self, confidence: Tensor, number: Tensor) -> Tensor:
+        """
+        The `number` [batch, 1] of candidates of the largest `confidence` [batch, block_size], bool of its shape. Those
+        that rounding could put before or after the last of them are equally sure: they go from left to right.
+        """
+        last = confidence.sort(-1, descending=True).values.gather(-1, (number - 1).clamp(min=0))
+        # Near 0 a difference, of which a margin is one, is known by its terms' rounding.
+        margin = self.tolerance * last.abs().clamp(min=0.01)
+        is_surer = confidence > last + margin
+        is_equal = (confidence >= last - margin) & ~is_surer & (confidence > -torch.inf)
+        return is_surer | is_equal & (is_equal.cumsum(-1) <= number - is_surer.sum(-1, keepdim=True))
 
 
 class FirstHittingSampler(Sampler):
@@ -165,15 +179,13 @@ class ConfidenceSampler(Sampler):
         self.confidence = confidence
 
     def reveal(self, candidates: Tensor, confidence: Tensor) -> Tensor:
-        rank = confidence.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        num_masked = candidates.sum(-1, keepdim=True)
         if self.confidence_threshold is not None:
-            revealed = (confidence > self.confidence_threshold) | (rank == 0)
-        else:
-            num_masked = candidates.sum(-1, keepdim=True)
-            # More steps than tokens reveal one at a time.
-            revealed = rank < -(-num_masked // max(min(self.steps_left, candidates.shape[-1]), 1))
-            self.steps_left -= 1
-        return revealed & candidates
+            is_above = confidence > self.confidence_threshold
+            return is_above | self.surest(confidence, num_masked.clamp(max=1))
+        self.steps_left -= 1
+        # More steps than tokens reveal one at a time.
+        return self.surest(confidence, -(-num_masked // max(min(self.steps_left + 1, candidates.shape[-1]), 1)))
 
 
 class EntropyBoundSampler(Sampler):
@@ -188,10 +200,12 @@ class EntropyBoundSampler(Sampler):
         self.entropy_bound = entropy_bound
 
     def reveal(self, candidates: Tensor, confidence: Tensor) -> Tensor:
-        entropy, order = (-confidence).sort(dim=-1, stable=True)
+        entropy = (-confidence).sort(dim=-1).values
         # In ascending order the sum less the largest is the sum of those before; what is no candidate comes last.
         before = torch.nn.functional.pad(entropy.cumsum(-1)[:, :-1], (1, 0))
-        return torch.zeros_like(candidates).scatter(-1, order, before <= self.entropy_bound) & candidates
+        # What a model is certain of has an entropy of some 1e-7, or 0.
+        is_within = (before <= self.entropy_bound + 1e-5) & (entropy < torch.inf)
+        return self.surest(confidence, is_within.sum(-1, keepdim=True))
 
 
 # The names that `generate(sampler=...)` takes; a class that is added here can be named, too.

@@ -261,7 +261,7 @@ def mass_before(scores):
 
 
 @pytest.mark.parametrize("warper_class", [TopPLogitsWarper, SelectingTopPLogitsWarper])
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.0, 1e-12, 1e-6, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 3000])
 @pytest.mark.parametrize("temperatures", [(0.1, 0.2, 0.3, 0.5), (0.2, 0.5, 30.0, 1.0, 2.0, 0.1), (300.0,)])
 def test_rows_keep_their_nucleus(warper_class, top_p, temperatures, vocab_size):
@@ -272,6 +272,16 @@ def test_rows_keep_their_nucleus(warper_class, top_p, temperatures, vocab_size):
     assert is_kept[before < top_p - TOLERANCE].all()
     assert not is_kept[before > top_p + TOLERANCE].any()
     assert is_kept.gather(1, scores.argmax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("vocab_size", [100, 2048, 2049, 3000, 8192, 8193, VOCAB_SIZE])
+@pytest.mark.parametrize("top_p", [0.0, 1e-12])
+def test_a_nucleus_of_nothing_is_the_likeliest_token_in_every_vocabulary(vocab_size, top_p):
+    scores = scores_of_widths(0.1, 0.5, 2.0, 30.0, vocab_size=vocab_size)
+    text = TEXT[: len(scores)]
+    warped = SelectingTopPLogitsWarper(top_p)(text, scores)
+    assert torch.equal(warped, TopPLogitsWarper(top_p)(text, scores))
+    assert ((warped > -torch.inf).sum(-1) == 1).all()
 
 
 def test_so_many_tokens_are_kept_at_least():

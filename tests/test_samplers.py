@@ -243,6 +243,45 @@ class TestEntropyBound:
         assert not revealed[1.0][1, 1]
 
 
+class TestTies:
+    """Confidences that rounding alone tells apart."""
+
+    @pytest.mark.parametrize("scale", [1.0, 0.1, -8.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_last_bits_do_not_choose(self, dtype, scale):
+        generator = torch.Generator().manual_seed(0)
+        sampler = ConfidenceSampler(3)
+        sampler.tolerance = torch.finfo(dtype).eps ** 0.5
+        # Five levels that are told apart in every dtype, so that most positions share theirs.
+        level = torch.tensor([0.1, 0.2, 0.35, 0.6, 1.0])[torch.randint(5, (2000, 16), generator=generator)] * scale
+        level[torch.rand(level.shape, generator=generator) < 0.2] = -torch.inf
+        number = (level > -torch.inf).sum(-1, keepdim=True) // 3
+        in_order = level.argsort(dim=-1, descending=True, stable=True)
+        expected = torch.zeros_like(level).bool()
+        expected.scatter_(1, in_order, torch.arange(16).expand(2000, -1) < number)
+        by_sorting = []
+        for _ in range(3):
+            noise = 1 + 4 * torch.finfo(dtype).eps * (torch.rand(level.shape, generator=generator) - 0.5)
+            assert torch.equal(sampler.surest(level * noise, number), expected)
+            order = (level * noise).argsort(dim=-1, descending=True, stable=True)
+            by_sorting.append(torch.equal(order.gather(1, number), in_order.gather(1, number)))
+        assert not any(by_sorting)
+
+    def test_what_is_told_apart_goes_by_confidence(self):
+        confidence = torch.rand(500, 16, generator=torch.Generator().manual_seed(0))
+        for number in (1, 5, 16):
+            surest = SAMPLERS["confidence"](1).surest(confidence, torch.full((500, 1), number))
+            assert (surest.sum(-1) == number).all()
+            gap = confidence.masked_fill(surest, -1).amax(-1) - confidence.masked_fill(~surest, 2).amin(-1)
+            assert (gap < 1e-3).all() and (number == 16 or (gap < 0).float().mean() > 0.98)
+
+    def test_a_certain_model_reveals_the_same_tokens_whether_its_entropy_is_rounded_to_nothing_or_not(self):
+        candidates = torch.ones(1, 4, dtype=torch.bool)
+        for entropies in ([0.0, 0.0, 0.0, 2.0], [1.2e-7, 0.0, 6e-8, 2.0], [-6e-8, 1.2e-7, 1.2e-7, 2.0]):
+            revealed = SAMPLERS["entropy_bound"](0.0).reveal(candidates, -torch.tensor([entropies]))
+            assert revealed.tolist() == [[True, True, True, True]]
+
+
 class RightToLeft(Sampler):
     """Reveals the rightmost masked token."""
 

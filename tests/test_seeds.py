@@ -55,6 +55,34 @@ def test_alone_and_in_a_batch(model, sampler):
         assert torch.equal(alone[0], batch[row, 11 - len(prompt) :])
 
 
+BY_CONFIDENCE = {
+    "probability": {"sampler": "confidence", "denoising_steps": 3},
+    "margin": {"sampler": "confidence", "denoising_steps": 5, "confidence": "margin"},
+    "negative_entropy": {"sampler": "confidence", "confidence": "negative_entropy"},
+    "threshold": {"sampler": "confidence", "confidence_threshold": 0.6},
+    "bound": {"sampler": "entropy_bound", "entropy_bound": 9.0},
+    "bound of nothing": {"sampler": "entropy_bound"},
+}
+
+
+@pytest.mark.parametrize(("is_blank", "do_sample"), [(False, True), (False, False), (True, False)])
+@pytest.mark.parametrize("rule", BY_CONFIDENCE)
+def test_rounding_does_not_choose_among_positions_that_are_equally_sure(model, rule, is_blank, do_sample):
+    """Where nothing is known, and everywhere by a model that does not read its text."""
+    if is_blank:
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+    arguments = {**BY_CONFIDENCE[rule], "do_sample": do_sample, "return_dict_in_generate": True, "output_reveal": True}
+    arguments |= {"infill": True, "max_new_tokens": 5}
+    prompts = [torch.full((length,), model.config.mask_token_id) for length in (4, 11, 8)]
+    batch = model.generate(**left_padded(prompts), **arguments, seed=[4, 1, 9])
+    caches = ({}, {"use_cache": False}, {"cache": StaticCache(config=model.config, max_cache_len=64)})
+    for row, (prompt, seed, cache) in enumerate(zip(prompts, [4, 1, 9], caches)):
+        alone = model.generate(prompt[None], **arguments, **cache, seed=seed)
+        assert torch.equal(alone.reveal_steps[0], batch.reveal_steps[row, 11 - len(prompt) :])
+        assert torch.equal(alone.sequences[0], batch.sequences[row, 11 - len(prompt) :])
+
+
 def test_in_chunks_of_whole_blocks_and_in_one_go(model, sampler):
     prompt = torch.stack(random_prompts([8, 8]))
     sampler = {**sampler, "pad_token_id": 100}

@@ -31,7 +31,7 @@ GENERATION_ARGUMENTS = {
     "top_p": (float, "Sample from the likeliest tokens that have this probability together."),
     "min_p": (float, "Sample from tokens at least this likely, relative to the likeliest."),
     "repetition_penalty": (float, "Above 1, tokens that occurred become less likely."),
-    "no_repeat_ngram_size": (int, "Avoid a token that would repeat a sequence of this many, as far as it is known."),
+    "no_repeat_ngram_size": (int, "Write no sequence of this many tokens twice."),
     "num_return_sequences": (int, "Texts per prompt."),
     "sampler": (str, "Which tokens a step reveals: first_hitting, ancestral, confidence or entropy_bound."),
     "denoising_steps": (int, "Steps per block (ancestral, confidence)."),

@@ -56,6 +56,8 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
         beyond = before.gather(1, last) + mass.cumsum(-1) - mass >= self.top_p
         # Of a row with fewer tokens in its bin than another the rest is not of that bin.
         beyond = beyond & is_last.gather(1, ids)
+        # The likeliest token stays, even in a nucleus of nothing.
+        beyond[:, 0] = False
         is_outside = (bins > last).scatter_(1, ids, beyond | (bins > last).gather(1, ids))
         return scores.masked_fill(is_outside, self.filter_value)
 
