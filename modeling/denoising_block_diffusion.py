@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList
 
-from .attention_block_diffusion import PADDING_BLOCK, block_diffusion_mask, token_block_ids
+from .attention_block_diffusion import PADDING_BLOCK, MaskKind, Tokens, block_diffusion_mask, token_block_ids
 from .cache_block_diffusion import CommitCache
 from .diffusion_block_diffusion import sigma_from_mask_probability
 from .guidance_block_diffusion import Guidance
@@ -113,9 +113,13 @@ class Denoiser:
             self.text = CleanText.of_prompts(prefix, length)
         else:
             window = config.window_in_blocks * config.block_size
-            self.text = match_cache(cache, prefix, length, config.block_size, window, canvas.num_stages)
+            # With shifted logits the last clean token predicts the next one, and so is read again.
+            self.text = match_cache(
+                cache, prefix, length, config.block_size, window, canvas.num_stages, reread=bool(config.shift_logits)
+            )
             cache.clean_text = self.text
         self._prepared: tuple[tuple[int, int] | None, dict[str, Tensor]] = (None, {})
+        self._first_logits: Tensor | None = None
 
     def denoise_block(self, stage: int, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row."""
@@ -175,7 +179,11 @@ class Denoiser:
         clean, num_prompts = self.text.pending, len(block)
         block, is_real = self._as_read(block, task.columns)
         num_clean, num_copies = clean.shape[1], len(block) // num_prompts
-        kept, is_candidate = flagged_first(candidates)
+        first_is_read = bool(self.config.shift_logits) and num_clean > 0
+        wanted = candidates
+        if first_is_read:
+            wanted = torch.cat([candidates[:, :1] | masked[:, :1], candidates[:, 1:]], dim=1)
+        kept, is_wanted = flagged_first(wanted)
         inputs = self._positions_and_mask(block, is_real)
         if self.config.time_conditioning:
             sigma = sigma_from_mask_probability(task.sampler.mask_probability(masked))
@@ -186,30 +194,41 @@ class Denoiser:
         outputs = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs)
         if self.cache is not None:
             self.text.num_cached = self.text.num_columns
-        logits = outputs.logits[is_candidate.repeat(num_copies, 1)].float()
+        logits = outputs.logits
+        if first_is_read:
+            # The last clean token predicts the first of the block, and is read once; `kept` begins with it.
+            self._first_logits = logits[:, :1]
+        elif self._first_logits is not None:
+            is_first = (kept == 0).repeat(num_copies, 1)[..., None]
+            logits = torch.where(is_first, self._first_logits, logits)
+        is_candidate = is_wanted & candidates.gather(1, kept)
+        logits = logits[is_candidate.repeat(num_copies, 1)].float()
         return logits if self.guidance is None else self.guidance.combine(logits)
 
     def _positions_and_mask(self, block: Tensor, is_real: Tensor | None) -> dict[str, Tensor]:
         """Positions and mask of the clean tokens that are not cached and of the block; kept while the same."""
         text, config = self.text, self.config
-        key = (text.num_columns, text.num_cached)
-        if self._prepared[0] == key:
+        columns = (text.num_columns, text.num_cached)
+        if self._prepared[0] == columns:
             return dict(self._prepared[1])
         positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
         if text.is_plain and is_real is None:
             positions = positions[:1]
         block_ids = token_block_ids(positions, config.block_size, positions < 0)
         num_queries = positions.shape[1] - text.num_cached
-        key_blocks = block_ids
+        key = Tokens(block_ids, positions)
+        query = key.each(lambda ids: ids[:, -num_queries:])
+        if config.clean_attention == "causal":
+            is_clean = torch.arange(num_queries, device=block.device) < num_queries - block.shape[1]
+            query = query._replace(is_causal=is_clean[None])
         if self.cache is not None:
             num_keys, first_key = self.cache.get_mask_sizes(num_queries, 0)
             # A static cache has more columns than there are tokens.
-            num_empty = first_key + num_keys - block_ids.shape[1]
-            key_blocks = torch.nn.functional.pad(block_ids[:, first_key:], (0, num_empty), value=PADDING_BLOCK)
-        kind = (config.window_in_blocks, config._attn_implementation, self.model.dtype)
-        mask = block_diffusion_mask(block_ids[:, -num_queries:], key_blocks, *kind)
-        inputs = {"position_ids": positions[:, -num_queries:].clamp(min=0), "attention_mask": mask}
-        self._prepared = (key, inputs)
+            empty = (0, first_key + num_keys - block_ids.shape[1])
+            key = key.each(lambda ids: torch.nn.functional.pad(ids[:, first_key:], empty, value=PADDING_BLOCK))
+        mask = block_diffusion_mask(query, key, MaskKind.of(config, self.model.dtype))
+        inputs = {"position_ids": query.position_ids.clamp(min=0), "attention_mask": mask}
+        self._prepared = (columns, inputs)
         return dict(inputs)
 
     def _show(self, block: Tensor, columns: Tensor, streamer: Any) -> None:
