@@ -76,7 +76,7 @@ class MaskKind:
         """The kind of masks that a network of a `config` takes for hidden states of a `dtype`."""
         windows = tuple(sorted(config.sliding_windows.items()))
         rules = (config.block_size, config.window_in_blocks, windows, config.clean_attention == "causal")
-        return cls(*rules, config._attn_implementation, dtype)
+        return cls(*rules, config.get_text_config(decoder=True)._attn_implementation, dtype)
 
 
 def token_block_ids(

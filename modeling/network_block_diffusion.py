@@ -332,8 +332,8 @@ class BlockDiffusionLMMixin:
                 "`clean_input_ids` must be of the shape of `input_ids`, or of each of the noised copies in it, "
                 f"but got {list(x_0.shape)} for {list(x_t.shape)}."
             )
-        is_on_cpu = x_0.device.type == "cpu" and self.config._attn_implementation != "flex_attention"
-        if not is_on_cpu or torch.compiler.is_compiling() or self.config.shift_logits == "noisy":
+        is_flex = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
+        if x_0.device.type != "cpu" or is_flex or torch.compiler.is_compiling() or self.config.shift_logits == "noisy":
             # Shapes that depend on the shape of the batch alone, and every token's predecessor in x_t.
             masked = None
         return TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked)
