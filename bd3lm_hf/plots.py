@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .modeling.attention_block_diffusion import is_visible, token_block_ids
+from .modeling.attention_block_diffusion import Tokens, is_visible, token_block_ids
 from .modeling.configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
 from .modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
 from .modeling.outputs_block_diffusion import BD3LMGenerateOutput
@@ -136,7 +136,8 @@ def plot_attention_pattern(length: int = 16, block_size: int = 4, *, window: int
         raise ValueError(f"`window` must be a number of blocks >= 0, but got {window}.")
     block_ids = token_block_ids(torch.arange(length), block_size).repeat(2)
     copy = (torch.arange(2 * length) < length).long()
-    seen = is_visible(block_ids[:, None], block_ids, length if window is None else window, copy[:, None], copy)
+    query, key = (Tokens(block_ids[index], streams=copy[index]) for index in ((slice(None), None), slice(None)))
+    seen = is_visible(query, key, length if window is None else window)
     kinds = {
         "noisy to noisy: its own block": (copy[:, None] == 1) & (copy == 1),
         "noisy to clean: the blocks before": (copy[:, None] == 1) & (copy == 0),

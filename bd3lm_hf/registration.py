@@ -5,8 +5,10 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .hub.conversion import register_published_format
 from .modeling.configuration_bd3lm import BD3LMConfig
+from .modeling.configuration_causal_lm import BlockDiffusionConfig
 from .modeling.infilling_block_diffusion import TEXT_INFILLING, TextInfillingPipeline
 from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
+from .modeling.modeling_causal_lm import BlockDiffusionForMaskedLM, BlockDiffusionModel
 
 
 def register_with_transformers() -> None:
@@ -14,10 +16,15 @@ def register_with_transformers() -> None:
     Makes the classes of this package known to `AutoConfig`, `AutoModel`, `AutoModelForMaskedLM`,
     `AutoModelForCausalLM` and `pipeline`, and the published format to `from_pretrained`.
     """
-    AutoConfig.register(BD3LMConfig.model_type, BD3LMConfig)
-    AutoModel.register(BD3LMConfig, BD3LMModel)
-    AutoModelForMaskedLM.register(BD3LMConfig, BD3LMForMaskedLM)
-    AutoModelForCausalLM.register(BD3LMConfig, BD3LMForMaskedLM)
+    networks = [
+        (BD3LMConfig, BD3LMModel, BD3LMForMaskedLM),
+        (BlockDiffusionConfig, BlockDiffusionModel, BlockDiffusionForMaskedLM),
+    ]
+    for config_class, model_class, language_model_class in networks:
+        AutoConfig.register(config_class.model_type, config_class)
+        AutoModel.register(config_class, model_class)
+        AutoModelForMaskedLM.register(config_class, language_model_class)
+        AutoModelForCausalLM.register(config_class, language_model_class)
     PIPELINE_REGISTRY.register_pipeline(
         TEXT_INFILLING, TextInfillingPipeline, pt_model=AutoModelForMaskedLM, type="text"
     )

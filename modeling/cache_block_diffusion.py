@@ -72,6 +72,13 @@ class CommitCache(Cache):
         return tuple(torch.cat(parts, dim=-2) for parts in zip(cached, transient))
 
 
+def read_whole_text(cache: Cache, max_cache_len: int) -> None:
+    """Gives a static cache that is empty whole layers in place of sliding ones; masks say what a layer sees."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticSlidingWindowLayer):
+            cache.layers[index] = StaticLayer(max_cache_len=max_cache_len)
+
+
 class WindowLayer(DynamicSlidingWindowLayer):
     """
     A sliding layer of fixed capacity that is written in place, and whose window may be widened while it is in use.

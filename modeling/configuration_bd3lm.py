@@ -17,7 +17,56 @@ LARGEST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**24}
 NOISE_SCHEDULE_NAMES = ("loglinear", "square", "square_root", "log", "cosine")
 
 
-class BD3LMConfig(PreTrainedConfig):
+class BlockDiffusionConfigMixin:
+    """The fields of noise and blocks that the configurations of all networks share, their rules, and masks."""
+
+    # Over layers of one type, which see every earlier position; and the prediction of a token is read at its place.
+    sliding_windows = {"full_attention": None}
+    clean_attention = "block"
+    shift_logits = False
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """
+        As `PreTrainedConfig.from_dict`, the arguments being checked like those of the constructor. Raises a ValueError
+        for another `block_size` than the checkpoint was trained for, and for a field that breaks its rule.
+        """
+        wanted = kwargs.pop("block_size", None)
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        if wanted is not None and wanted != config.block_size:
+            if "block_size" in config_dict or config.is_published_format:
+                raise ValueError(
+                    f"`block_size` must be {config.block_size}, which this checkpoint was trained for, but got "
+                    f"{wanted}. To train it further with other blocks, set `model.config.block_size` after loading."
+                )
+            config.block_size = wanted
+        config.validate()
+        return result
+
+    @property
+    def is_published_format(self) -> bool:
+        """Whether the fields came under the names of the published checkpoints."""
+        return getattr(self, "_is_published_format", False)
+
+    def _require(self, holds: bool, field: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"`{field}` must be {rule}, but got {getattr(self, field)!r}.")
+
+    def _require_sizes(self, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            self._require(isinstance(value, int) and value is not True and value >= 1, field, "an integer >= 1")
+
+    def _validate_noise(self) -> None:
+        rule = f"an id inside the vocabulary, 0 <= id < {self.vocab_size}"
+        self._require(0 <= self.mask_token_id < self.vocab_size, "mask_token_id", rule)
+        rule = f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
+        self._require(self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", rule)
+        validate_noise_interval(self.noise_interval)
+
+
+class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     """
     Configuration of [`BD3LMModel`] and [`BD3LMForMaskedLM`].
 
@@ -100,25 +149,6 @@ class BD3LMConfig(PreTrainedConfig):
         self._validate_sizes()
         self._validate_choices()
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "BD3LMConfig":
-        """
-        As `PreTrainedConfig.from_dict`, the arguments being checked like those of the constructor. Raises a ValueError
-        for another `block_size` than the checkpoint was trained for, and for a field that breaks its rule.
-        """
-        wanted = kwargs.pop("block_size", None)
-        result = super().from_dict(config_dict, **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        if wanted is not None and wanted != config.block_size:
-            if "block_size" in config_dict or config.is_published_format:
-                raise ValueError(
-                    f"`block_size` must be {config.block_size}, which this checkpoint was trained for, but got "
-                    f"{wanted}. To train it further with other blocks, set `model.config.block_size` after loading."
-                )
-            config.block_size = wanted
-        config.validate()
-        return result
-
     def _read_published_fields(self, kwargs: dict[str, Any]) -> None:
         self._is_published_format = "hidden_dim" in kwargs
         for published, field in PUBLISHED_FIELDS.items():
@@ -146,11 +176,6 @@ class BD3LMConfig(PreTrainedConfig):
             self.architectures = None
 
     @property
-    def is_published_format(self) -> bool:
-        """Whether the fields came under the names of the published checkpoints."""
-        return getattr(self, "_is_published_format", False)
-
-    @property
     def head_dim(self) -> int:
         """Size of one attention head."""
         return self.hidden_size // self.num_attention_heads
@@ -166,17 +191,12 @@ class BD3LMConfig(PreTrainedConfig):
         fields.pop("_is_published_format", None)
         return fields
 
-    def _require(self, holds: bool, field: str, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"`{field}` must be {rule}, but got {getattr(self, field)!r}.")
-
     def _validate_sizes(self) -> None:
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
         sizes += ["block_size", "cond_dim"] + (["intermediate_size"] if self.intermediate_size is not None else [])
-        for field in sizes:
-            value = getattr(self, field)
-            self._require(isinstance(value, int) and value is not True and value >= 1, field, "an integer >= 1")
-            self._require(value <= LARGEST.get(field, value), field, f"at most {LARGEST.get(field)}")
+        self._require_sizes(*sizes)
+        for field, largest in LARGEST.items():
+            self._require(getattr(self, field) <= largest, field, f"at most {largest}")
         divides = self.hidden_size % self.num_attention_heads == 0
         self._require(divides, "num_attention_heads", f"a divisor of `hidden_size` ({self.hidden_size})")
         if self.head_dim % 2:
@@ -192,11 +212,7 @@ class BD3LMConfig(PreTrainedConfig):
             rule = f"of the type {kind.__name__ if isinstance(kind, type) else kind}"
             self._require(isinstance(getattr(self, field), kind), field, rule)
         self._require(0 <= self.hidden_dropout < 1, "hidden_dropout", "a probability in [0, 1)")
-        rule = f"an id inside the vocabulary, 0 <= id < {self.vocab_size}"
-        self._require(0 <= self.mask_token_id < self.vocab_size, "mask_token_id", rule)
-        rule = f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"
-        self._require(self.noise_schedule in NOISE_SCHEDULE_NAMES, "noise_schedule", rule)
-        validate_noise_interval(self.noise_interval)
+        self._validate_noise()
 
 
 def validate_noise_interval(noise_interval: tuple[float, float]) -> None:

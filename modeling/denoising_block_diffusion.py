@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList
 
-from .attention_block_diffusion import DOCUMENT_STRIDE, PADDING_BLOCK, block_diffusion_mask, token_block_ids
+from .attention_block_diffusion import (
+    DOCUMENT_STRIDE,
+    PADDING_BLOCK,
+    MaskKind,
+    Tokens,
+    block_diffusion_mask,
+    token_block_ids,
+)
 from .cache_block_diffusion import CommitCache
 from .diffusion_block_diffusion import sigma_from_mask_probability
 from .guidance_block_diffusion import Guidance
@@ -116,9 +123,12 @@ class Denoiser:
         if cache is None:
             self.text = CleanText.of_prompts(prefix, length)
         else:
-            self.text = match_cache(cache, prefix, length, config.block_size, self.window, canvas.num_stages)
+            sizes = (config.block_size, self.window, canvas.num_stages)
+            # With shifted logits the last clean token predicts the next one, and so is read again.
+            self.text = match_cache(cache, prefix, length, *sizes, reread=bool(config.shift_logits))
             cache.clean_text = self.text
         self._prepared: tuple[Any, dict, slice | None] = (None, {}, None)
+        self._first_logits: Tensor | None = None
 
     def denoise_block(self, stage: int, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row."""
@@ -179,11 +189,16 @@ class Denoiser:
         clean = text.pending
         block, is_real = self._as_read(block, task.columns)
         num_clean, num_copies = clean.shape[1], len(block) // num_prompts
-        kept, is_candidate = flagged_first(candidates)
+        first_is_read = bool(self.config.shift_logits) and num_clean > 0
+        wanted = candidates
+        if first_is_read:
+            wanted = torch.cat([candidates[:, :1] | masked[:, :1], candidates[:, 1:]], dim=1)
+        kept, is_wanted = flagged_first(wanted)
         key = (text.num_columns, text.num_cached)
         if self._prepared[0] != key:
             positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
-            self._prepared = (key, *self._positions_and_mask(positions, cache, text.is_plain and is_real is None))
+            is_plain = text.is_plain and is_real is None
+            self._prepared = (key, *self._positions_and_mask(positions, cache, is_plain, block.shape[1]))
         inputs, seen = dict(self._prepared[1]), self._prepared[2]
         if self.config.time_conditioning:
             sigma = sigma_from_mask_probability(task.sampler.mask_probability(masked))
@@ -194,7 +209,15 @@ class Denoiser:
         outputs = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs)
         text.num_cached = 0 if self.cache is None else text.num_columns
         task.sampler.tolerance = torch.finfo(outputs.logits.dtype).eps ** 0.5
-        logits = outputs.logits[is_candidate.repeat(num_copies, 1)].float()
+        logits = outputs.logits
+        if first_is_read:
+            # The last clean token predicts the first of the block, and is read once; `kept` begins with it.
+            self._first_logits = logits[:, :1]
+        elif self._first_logits is not None:
+            is_first = (kept == 0).repeat(num_copies, 1)[..., None]
+            logits = torch.where(is_first, self._first_logits, logits)
+        is_candidate = is_wanted & candidates.gather(1, kept)
+        logits = logits[is_candidate.repeat(num_copies, 1)].float()
         return logits if self.guidance is None else self.guidance.combine(logits)
 
     def _read_all_but_last_piece(self) -> Cache | None:
@@ -210,26 +233,34 @@ class Denoiser:
             text.num_cached = end
         return cache
 
-    def _positions_and_mask(self, positions: Tensor, cache: Cache | None, is_plain: bool) -> tuple[dict, slice | None]:
-        """Positions and mask of `positions` [rows, columns] after the cached ones, and `seen` of [`CommitCache`]."""
+    def _positions_and_mask(
+        self, positions: Tensor, cache: Cache | None, is_plain: bool, num_noisy: int = 0
+    ) -> tuple[dict, slice | None]:
+        """
+        Positions and mask of `positions` [rows, columns] after the cached ones, of which the last `num_noisy` are a
+        block, and `seen` of [`CommitCache`].
+        """
         config, num_cached, seen = self.config, self.text.num_cached, None
         positions = positions[:1] if is_plain else positions
-        block_ids = token_block_ids(positions, config.block_size, positions < 0)
-        query_blocks, key_blocks = block_ids[:, num_cached:], block_ids
+        key = Tokens(token_block_ids(positions, config.block_size, positions < 0), positions)
+        query = key.each(lambda ids: ids[:, num_cached:])
+        num_queries = query.block_ids.shape[1]
+        if config.clean_attention == "causal":
+            is_clean = torch.arange(num_queries, device=positions.device) < num_queries - num_noisy
+            query = query._replace(is_causal=is_clean[None])
         if cache is not None:
-            num_keys, first_key = cache.get_mask_sizes(query_blocks.shape[1], 0)
+            num_keys, first_key = cache.get_mask_sizes(num_queries, 0)
             # A static cache has more columns than there are tokens.
-            num_empty = first_key + num_keys - block_ids.shape[1]
-            key_blocks = torch.nn.functional.pad(block_ids[:, first_key:], (0, num_empty), value=PADDING_BLOCK)
-            if query_blocks.shape[1] > 2 * config.block_size:
+            empty = (0, first_key + num_keys - positions.shape[1])
+            key = key.each(lambda ids: torch.nn.functional.pad(ids[:, first_key:], empty, value=PADDING_BLOCK))
+            if num_queries > 2 * config.block_size:
                 # A long text is read without the columns that none of it sees.
-                earliest = query_blocks.where(query_blocks >= 0, DOCUMENT_STRIDE).amin(-1, keepdim=True)
-                columns = (key_blocks >= earliest - config.window_in_blocks).any(0).nonzero()
+                earliest = query.block_ids.where(query.block_ids >= 0, DOCUMENT_STRIDE).amin(-1, keepdim=True)
+                columns = (key.block_ids >= earliest - config.window_in_blocks).any(0).nonzero()
                 seen = slice(int(columns[0]), int(columns[-1]) + 1)
-                key_blocks = key_blocks[:, seen]
-        kind = (config.window_in_blocks, config._attn_implementation, self.model.dtype)
-        mask = block_diffusion_mask(query_blocks, key_blocks, *kind)
-        return {"position_ids": positions[:, num_cached:].clamp(min=0), "attention_mask": mask}, seen
+                key = key.each(lambda ids: ids[:, seen])
+        mask = block_diffusion_mask(query, key, MaskKind.of(config, self.model.dtype))
+        return {"position_ids": query.position_ids.clamp(min=0), "attention_mask": mask}, seen
 
     def _show(self, block: Tensor, columns: Tensor, streamer: Any) -> None:
         """Gives a streamer that takes them the tokens of an unfinished block."""

@@ -14,6 +14,7 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from .cache_block_diffusion import read_whole_text
 from .denoising_block_diffusion import Denoiser
 from .generation_config_block_diffusion import BD3LMGenerationConfig
 from .guidance_block_diffusion import Guidance
@@ -129,6 +130,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         is_given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         cache = model_kwargs.get(CACHE_NAME)
+        if isinstance(cache, StaticCache) and not is_given:
+            read_whole_text(cache, max_cache_length)
         is_plain = type(cache) is DynamicCache and not cache.offloading and not is_given
         if is_plain and self.config.window_in_blocks > 0:
             # Rows are complete a block apart, and the next call may go on with all of them.
@@ -233,10 +236,11 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if gaps.any() and not generation_config.infill:
             fault = f"the mask token ({config.mask_token_id}), which only `infill=True` fills in"
             raise ValueError(f"`input_ids` must not hold {fault}.")
-
         # 1. Lay the rows out by blocks.
         num_new = generation_config.max_length - input_ids.shape[1]
         canvas = Canvas(config, input_ids, attention_mask, gaps, num_new)
+        if config.shift_logits and gaps.gather(1, canvas.first_column[:, None]).any():
+            raise ValueError("`input_ids` must begin with a known token, since `shift_logits` predicts no first one.")
         guidance = next((part for part in logits_processor if isinstance(part, Guidance)), None)
         if guidance is not None:
             logits_processor = LogitsProcessorList(part for part in logits_processor if part is not guidance)
@@ -244,7 +248,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             if generation_config.cache_implementation == "static":
                 # Transformers has made it for the prompt alone.
                 num_more = max(0, guidance.negative_ids.shape[1] - input_ids.shape[1]) + 2 * config.block_size
-                cache = StaticCache(config=config, max_cache_len=generation_config.max_length + num_more)
+                num_columns = generation_config.max_length + num_more
+                cache = StaticCache(config=config.get_text_config(decoder=True), max_cache_len=num_columns)
+                read_whole_text(cache, num_columns)
         denoiser = Denoiser(self, canvas, generation_config, logits_processor, cache, guidance)
         progress = RowProgress(canvas, generation_config, stopping_criteria, streamer)
         for stage in range(canvas.num_stages):

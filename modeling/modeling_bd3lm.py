@@ -1,8 +1,6 @@
 """The network of a BD3-LM (arXiv 2503.09573): a transformer whose layers are modulated by the noise level."""
 
-import copy
 import math
-import os
 from typing import Any
 
 import torch
@@ -15,7 +13,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bd3lm import BD3LMConfig
 from .generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
-from .network_block_diffusion import BlockDiffusionLMMixin, check_one_input, prepare_denoising
+from .network_block_diffusion import (
+    BlockDiffusionLMMixin,
+    BlockDiffusionPreTrainedMixin,
+    check_one_input,
+    prepare_denoising,
+)
 from .outputs_block_diffusion import NetworkOutput, accepts_past_key_values
 
 
@@ -199,7 +202,7 @@ def modulate(states: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tens
     return states if shift is None else states * (1 + scale) + shift
 
 
-class BD3LMPreTrainedModel(PreTrainedModel):
+class BD3LMPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedModel):
     """Loading, saving and initialisation, common to the models of this file."""
 
     config_class = BD3LMConfig
@@ -244,34 +247,6 @@ class BD3LMPreTrainedModel(PreTrainedModel):
                 f"{unknown}. Reading this format needs the package bd3lm_hf."
             )
         return (model, info) if output_loading_info else model
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
-    ) -> nn.Embedding:
-        """As `PreTrainedModel.resize_token_embeddings`; raises a ValueError if the mask token would be dropped."""
-        multiple, mask_token_id = pad_to_multiple_of or 1, self.config.mask_token_id
-        if new_num_tokens is not None and -(-new_num_tokens // multiple) * multiple <= mask_token_id:
-            raise ValueError(
-                f"`new_num_tokens` must be at least {mask_token_id + 1}, for the mask token to stay, whose id is "
-                f"`config.mask_token_id`, but got {new_num_tokens}."
-            )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`, and the sources beside the weights; raises a ValueError for a file."""
-        if os.path.isfile(save_directory):
-            raise ValueError(f"`save_directory` must be a folder, but {save_directory} is a file.")
-        # Transformers copies what this file imports; the network has no need of it.
-        from .infilling_block_diffusion import CUSTOM_PIPELINES
-
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
-        if self.can_generate():
-            # A plain one takes sampling arguments without `do_sample` for a mistake.
-            self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
-        # A checkpoint read in the published format is saved in this one.
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class BD3LMModel(BD3LMPreTrainedModel):
@@ -375,6 +350,7 @@ AUTO_MAP = {
     "AutoModelForMaskedLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
     "AutoModelForCausalLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
 }
+BD3LMPreTrainedModel.auto_map = AUTO_MAP
 BD3LMConfig.register_for_auto_class()
 BD3LMModel.register_for_auto_class("AutoModel")
 BD3LMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

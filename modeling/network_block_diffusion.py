@@ -10,15 +10,17 @@ The mask is data ([`block_diffusion_mask`]) and passes through untouched. The ne
 [x_t ; x_0] in training ([`TwoStreams`]), and over new tokens against a cache in a denoising pass.
 """
 
+import copy
+import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing
 
-from .attention_block_diffusion import block_diffusion_mask, denoising_positions_and_blocks
+from .attention_block_diffusion import MaskKind, Tokens, block_diffusion_mask, denoising_tokens, without_masked
 from .diffusion_block_diffusion import (
     FULL_NOISE_INTERVAL,
     NOISE_SCHEDULES,
@@ -27,6 +29,7 @@ from .diffusion_block_diffusion import (
     sample_timesteps,
     sigma_from_mask_probability,
 )
+from .generation_config_block_diffusion import BD3LMGenerationConfig
 from .loss_block_diffusion import token_nats
 from .outputs_block_diffusion import BlockDiffusionOutput, accepts_past_key_values
 from .two_stream_block_diffusion import TextBlocks, TwoStreams, check_shape, positions_and_blocks, tokens_where
@@ -67,15 +70,17 @@ def prepare_denoising(
             f"{[int(size) for size in expected_shape]}, but got {list(attention_mask.shape)}."
         )
     if cache is None:
-        position_ids, query_blocks = positions_and_blocks(config, given.shape[:2], device, text)
-        key_blocks = query_blocks
+        position_ids, block_ids = positions_and_blocks(config, given.shape[:2], device, text)
+        query = key = Tokens(block_ids, position_ids)
     else:
         if document_ids is not None:
             raise ValueError("`document_ids` describes whole rows and can't go with `cache`, but got both.")
-        rows = (attention_mask, position_ids, cache)
-        position_ids, query_blocks, key_blocks = denoising_positions_and_blocks(config, length, device, *rows)
-    mask = block_diffusion_mask(query_blocks, key_blocks, config.window_in_blocks, config._attn_implementation, dtype)
-    return position_ids, mask
+        query, key = denoising_tokens(config, length, device, attention_mask, position_ids, cache)
+    if config.clean_attention == "causal":
+        # Blocks without a masked token are read as clean ones.
+        is_masked = given == config.mask_token_id if given.dim() == 2 else torch.ones_like(given[..., 0])
+        query = query._replace(is_causal=without_masked(query.block_ids, is_masked))
+    return query.position_ids, block_diffusion_mask(query, key, MaskKind.of(config, dtype))
 
 
 def is_prepared(attention_mask: Any) -> bool:
@@ -120,11 +125,46 @@ def select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Ten
     return hidden_states.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+class BlockDiffusionPreTrainedMixin:
+    """Resizing and saving of a model; the class that it is mixed into has an `auto_map` of its remote code."""
+
+    auto_map: dict[str, str]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`; raises a ValueError if the mask token would be dropped."""
+        multiple, mask_token_id = pad_to_multiple_of or 1, self.config.mask_token_id
+        if new_num_tokens is not None and -(-new_num_tokens // multiple) * multiple <= mask_token_id:
+            raise ValueError(
+                f"`new_num_tokens` must be at least {mask_token_id + 1}, for the mask token to stay, whose id is "
+                f"`config.mask_token_id`, but got {new_num_tokens}."
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, and the sources beside the weights; raises a ValueError for a file."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, but {save_directory} is a file.")
+        # Transformers copies what this file imports; the network has no need of it.
+        from .infilling_block_diffusion import CUSTOM_PIPELINES
+
+        self.config.auto_map = dict(self.auto_map)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        if self.can_generate():
+            # A plain one takes sampling arguments without `do_sample` for a mistake.
+            self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
+        # A checkpoint read in the published format is saved in this one.
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
 class BlockDiffusionLMMixin:
     """
     `forward` of a block diffusion language model over any network; see the head of this file.
 
-    The class that it is mixed into has the network as `model`, the head as `lm_head`, and a `config` like BD3LMConfig.
+    The class that it is mixed into has the network as `base_model`, the head as `get_output_embeddings()`, and a
+    `config` like BD3LMConfig.
     """
 
     # The look for mask tokens waits for the device: only so many passes are looked at.
@@ -208,7 +248,7 @@ class BlockDiffusionLMMixin:
                 noise of which a part is missing.
         """
         check_one_input(input_ids, inputs_embeds)
-        check_head(self.lm_head)
+        check_head(self.get_output_embeddings())
         if labels is None and num_items_in_batch is not None:
             raise ValueError(
                 "`num_items_in_batch` goes with `labels`, but got none. Trainer takes the labels away for "
@@ -243,19 +283,26 @@ class BlockDiffusionLMMixin:
         if clean_input_ids is not None:
             blocks = TextBlocks.of_batch(self.config, clean_input_ids, torch.full_like(clean_input_ids, -100), *text)
             streams, outputs = self._two_stream_pass(input_ids, clean_input_ids, blocks, timesteps, **kwargs)
-            hidden_states = outputs.last_hidden_state[:, : streams.num_noisy]
+            hidden_states = streams.noisy_states(outputs.last_hidden_state)
         else:
             if use_cache and cache is None:
                 cache = DynamicCache(config=self.config)
             outputs = self._denoising_pass(input_ids, inputs_embeds, text, cache, timesteps, use_cache, **kwargs)
             hidden_states = outputs.last_hidden_state
+            if self.config.shift_logits:
+                # Of the first position given nothing is known: `generate` keeps what the pass before said of it.
+                hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, :-1]], dim=1)
         logits = self._logits(select_positions(hidden_states, logits_to_keep))
         seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return BlockDiffusionOutput(logits=logits, cache=cache, **seen)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Raw scores of the final hidden states [batch, kept, hidden] -> [batch, kept, vocab]."""
-        return self.lm_head(hidden_states)
+        return self.get_output_embeddings()(hidden_states)
+
+    def _network(self, **inputs: Any):
+        """Calls the network: the output has a `last_hidden_state` [batch, length, hidden]."""
+        return self.base_model(return_dict=True, **inputs)
 
     def _denoising_pass(self, input_ids, inputs_embeds, text, cache, timesteps, use_cache, **kwargs: Any):
         """The output of the network over new tokens; `text` is their (attention_mask, position_ids, document_ids)."""
@@ -269,15 +316,15 @@ class BlockDiffusionLMMixin:
         optional = {"timesteps": timesteps, "inputs_embeds": inputs_embeds}
         kwargs.update({name: value for name, value in optional.items() if value is not None})
         kwargs.update(position_ids=position_ids, attention_mask=attention_mask, cache=cache, use_cache=use_cache)
-        return self.model(input_ids=input_ids, return_dict=True, **kwargs)
+        return self._network(input_ids=input_ids, **kwargs)
 
     def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, **kwargs: Any) -> tuple[TwoStreams, Any]:
         """[x_t ; x_0] and the network's output."""
         streams = self._two_streams(x_t, x_0, blocks, timesteps, masked)
         if streams.timesteps is not None:
             kwargs["timesteps"] = streams.timesteps
-        kwargs.update(position_ids=streams.position_ids, attention_mask=streams.attention_mask, return_dict=True)
-        return streams, self.model(input_ids=streams.input_ids, **kwargs)
+        kwargs.update(position_ids=streams.position_ids, attention_mask=streams.attention_mask)
+        return streams, self._network(input_ids=streams.input_ids, **kwargs)
 
     def _two_streams(self, x_t, x_0, blocks, timesteps, masked=None) -> TwoStreams:
         """[x_t ; x_0]: on a CPU without what the `masked` tokens do not depend on."""
@@ -287,11 +334,13 @@ class BlockDiffusionLMMixin:
                 "`clean_input_ids` must be of the shape of `input_ids`, or of each of the noised copies in it, "
                 f"but got {list(x_0.shape)} for {list(x_t.shape)}."
             )
-        is_on_cpu = x_0.device.type == "cpu" and self.config._attn_implementation != "flex_attention"
-        if not is_on_cpu or torch.compiler.is_compiling():
-            # Shapes that depend on the shape of the batch alone.
+        is_flex = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
+        # In training alone: what a likelihood is reported of, and written by, reads clean text.
+        reads_noisy = self.training and self.config.shift_logits == "noisy"
+        if x_0.device.type != "cpu" or is_flex or torch.compiler.is_compiling() or reads_noisy:
+            # Shapes that depend on the shape of the batch alone, and every token's predecessor in x_t.
             masked = None
-        return TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked)
+        return TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked, reads_noisy)
 
     def _draw_noise(
         self, x_0: Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None, noise_seed: int
@@ -333,7 +382,7 @@ class BlockDiffusionLMMixin:
         """
         num_copies = masked.shape[1] // max(labels.shape[1], 1)
         targets = tokens_where(masked, labels.repeat(1, num_copies))
-        return token_nats(hidden_states, targets, self.lm_head, self.config.mask_token_id)
+        return token_nats(hidden_states, targets, self.get_output_embeddings(), self.config.mask_token_id)
 
 
 def noise_of_text(

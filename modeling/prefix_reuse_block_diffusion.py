@@ -131,11 +131,18 @@ def sliding_cache(num_layers: int, window: int) -> TextCache:
 
 
 def match_cache(
-    cache: Cache, prefix: Tensor, length: Tensor, block_size: int, window: int, num_stages: int
+    cache: Cache,
+    prefix: Tensor,
+    length: Tensor,
+    block_size: int,
+    window: int,
+    num_stages: int,
+    reread: bool = False,
 ) -> CleanText:
     """
     The text of prompts ([`CleanText.of_prompts`]) in the columns of a cache, which is made to hold what the next
-    `num_stages` blocks see, of which each sees `window` positions before it.
+    `num_stages` blocks see, of which each sees `window` positions before it. With `reread` the last block of each row
+    is to be read again.
 
     The cache is empty, one that `generate` returned, or one that holds the first blocks of equally long prompts.
     Raises a ValueError if it belongs to another batch size, holds part of a block, has no room, or dropped what is
@@ -145,7 +152,7 @@ def match_cache(
     if cached is None:
         text = CleanText.of_prompts(prefix, length)
     else:
-        shared = cached.shared_with(prefix, length, block_size)
+        shared = cached.shared_with(prefix, length - block_size if reread else length, block_size)
         text = shared.followed_by(prefix, length)
         _, first_held = cache.get_mask_sizes(1, 0)
         if shared.first_visible_column(window) < first_held:

@@ -7,12 +7,19 @@ noisy blocks without a masked token and the clean tokens that no noisy block see
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 
-from .attention_block_diffusion import block_diffusion_mask, block_starts, plain_two_stream_mask, token_block_ids
+from .attention_block_diffusion import (
+    MaskKind,
+    Tokens,
+    block_diffusion_mask,
+    block_starts,
+    plain_two_stream_mask,
+    token_block_ids,
+)
 
 
 # The compacted noisy stream has one of so many widths, whatever the noise: kernels that are made for each shape, and
@@ -152,14 +159,16 @@ class TwoStreams:
             [batch]; or None.
         num_noisy: tokens of the noisy stream.
         noisy_columns: the columns of x_t that the noisy stream holds [batch, num_noisy]; None means all.
+        read_at: where in both streams the prediction of each noisy token is read, if not at itself [batch, num_noisy].
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor | BlockMask
+    attention_mask: Any
     timesteps: Tensor | None
     num_noisy: int
     noisy_columns: Tensor | None = None
+    read_at: Tensor | None = None
 
     @classmethod
     def of_noise(
@@ -171,12 +180,14 @@ class TwoStreams:
         timesteps: Tensor | None,
         dtype: torch.dtype,
         masked: Tensor | None = None,
+        reads_noisy: bool = False,
     ) -> "TwoStreams":
         """
         Both streams, of x_t [batch, copies * length] and x_0 [batch, length], the text of `blocks`, under sigma of
         each token of x_t, or of each row [batch], or None. With `masked`, the tokens of x_t that are predicted, bool
         [batch, copies * length], only what these depend on is taken: noisy blocks that hold one, and clean tokens
-        before the last such block.
+        before the last such block. With `reads_noisy`, shifted logits of a block's first token are read at the noised
+        token before it.
         """
         length, num_copies = x_0.shape[1], x_t.shape[1] // max(x_0.shape[1], 1)
         noisy_columns, num_clean = None, length
@@ -188,26 +199,46 @@ class TwoStreams:
                 noisy = noisy.expand(x_t.shape).gather(1, noisy_columns)
             return torch.cat([noisy, clean[:, :num_clean].expand(noisy.shape[0], -1)], dim=1)
 
-        window, kind = config.window_in_blocks, (config._attn_implementation, dtype)
+        def of_both(values: Tensor) -> Tensor:
+            return both(values.repeat(1, num_copies), values)
+
+        kind, position_ids = MaskKind.of(config, dtype), of_both(blocks.position_ids)
         if masked is None and blocks.is_plain:
-            mask = plain_two_stream_mask((length, num_copies, config.block_size, window), *kind, x_0.device)
+            mask = plain_two_stream_mask(length, num_copies, kind, x_0.device)
         else:
-            block_ids = both(blocks.block_ids.repeat(1, num_copies), blocks.block_ids)
             stream = torch.arange(1, num_copies + 1, device=x_0.device).repeat_interleave(length)[None]
             streams = both(stream, torch.zeros_like(stream[:, :length]))
-            mask = block_diffusion_mask(block_ids, block_ids, window, *kind, streams)
+            is_causal = kind.clean_is_causal and streams == 0
+            tokens = Tokens(of_both(blocks.block_ids), position_ids, streams, is_causal)
+            mask = block_diffusion_mask(tokens, tokens, kind)
         if timesteps is not None and timesteps.dim() == 2:
             timesteps = both(timesteps, timesteps.new_zeros(x_0.shape))
-        position_ids = both(blocks.position_ids.repeat(1, num_copies), blocks.position_ids)
-        num_noisy = x_t.shape[1] if noisy_columns is None else noisy_columns.shape[1]
-        return cls(both(x_t, x_0), position_ids, mask, timesteps, num_noisy, noisy_columns)
+        num_noisy, read_at = x_t.shape[1] if noisy_columns is None else noisy_columns.shape[1], None
+        if config.shift_logits:
+            # The token before: of the same block in the noisy stream, of an earlier block in the clean one.
+            read_at = torch.arange(num_noisy, device=x_0.device)[None] - 1
+            if not reads_noisy:
+                columns = torch.arange(length, device=x_0.device)[None]
+                is_first = of_both(block_starts(blocks.block_ids))[:, :num_noisy]
+                read_at = torch.where(is_first, num_noisy + of_both(columns)[:, :num_noisy] - 1, read_at)
+            read_at = read_at.clamp(0, num_noisy + num_clean - 1).expand(len(x_0), -1)
+        return cls(both(x_t, x_0), position_ids, mask, timesteps, num_noisy, noisy_columns, read_at)
+
+    def noisy_states(self, states: Tensor) -> Tensor:
+        """
+        States of both streams [batch, num_noisy + num_clean, hidden] -> those that predict the tokens of the noisy one
+        [batch, num_noisy, hidden].
+        """
+        if self.read_at is None:
+            return states[:, : self.num_noisy]
+        return states.gather(1, self.read_at[..., None].expand(-1, -1, states.shape[-1]))
 
     def of_predictions(self, states: Tensor, masked: Tensor) -> Tensor:
         """States of both streams [batch, num_noisy + num_clean, hidden] -> of `masked` tokens [num_masked, hidden]."""
         if self.noisy_columns is not None:
             # Each column of x_t is there at most once.
             masked = masked.gather(1, self.noisy_columns)
-        return tokens_where(masked, states[:, : self.num_noisy])
+        return tokens_where(masked, self.noisy_states(states))
 
 
 def tokens_where(masked: Tensor, values: Tensor) -> Tensor:

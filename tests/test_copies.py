@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from bd3lm_hf.modeling.attention_block_diffusion import plain_two_stream_mask
+from bd3lm_hf.modeling.attention_block_diffusion import MaskKind, plain_two_stream_mask
 from bd3lm_hf.modeling.two_stream_block_diffusion import TextBlocks
 from bd3lm_hf.noise.sampler import NoiseSampler
 
@@ -135,9 +135,9 @@ def test_shapes_that_are_no_whole_number_of_copies_are_refused(name, size):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "flex_attention"])
 def test_the_mask_of_plain_texts_is_kept(attn_implementation):
-    kind = (attn_implementation, torch.float32, torch.device("cpu"))
-    assert plain_two_stream_mask((26, 1, 4, 6), *kind) is plain_two_stream_mask((26, 1, 4, 6), *kind)
-    assert plain_two_stream_mask((26, 1, 4, 6), *kind) is not plain_two_stream_mask((27, 1, 4, 6), *kind)
+    kind, device = MaskKind(4, 6, (("full_attention", None),), False, attn_implementation, torch.float32), "cpu"
+    assert plain_two_stream_mask(26, 1, kind, device) is plain_two_stream_mask(26, 1, kind, device)
+    assert plain_two_stream_mask(26, 1, kind, device) is not plain_two_stream_mask(27, 1, kind, device)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ piece, and the noised copies of each piece read the cache; the numbers are those
 import torch
 from torch import Tensor, nn
 
-from ..modeling.attention_block_diffusion import PADDING_BLOCK, block_diffusion_mask, block_starts
+from ..modeling.attention_block_diffusion import PADDING_BLOCK, MaskKind, Tokens, block_diffusion_mask, block_starts
 from ..modeling.cache_block_diffusion import CommitCache
 from ..modeling.prefix_reuse_block_diffusion import sliding_cache
 from ..modeling.two_stream_block_diffusion import TextBlocks, columns_to_compute
@@ -69,7 +69,7 @@ class PieceScorer:
         self.model, self.blocks, self.noise, self.bounds = model, blocks, noise, bounds
         self.x_0, self.labels = batch["input_ids"], batch.get("labels", batch["input_ids"])
         config = self.config = model.config
-        self.kind = (config.window_in_blocks, config._attn_implementation, model.dtype)
+        self.kind = MaskKind.of(config, model.dtype)
         longest = max(end - start for start, end in bounds)
         # Of the last piece the first block sees a window before it.
         window = config.window_in_blocks * config.block_size + longest
@@ -78,6 +78,8 @@ class PieceScorer:
             None if values is None else values.unflatten(1, (-1, self.x_0.shape[1]))
             for values in (noise.x_t, noise.loss_weights, noise.timesteps)
         )
+        # With shifted logits, of the last clean token before a piece and of those in it [batch, 1 + length, hidden].
+        self.states: Tensor | None = None
         self.masked = (self.x_t == config.mask_token_id) & blocks.predicted[:, None]
 
     def nelbo(self) -> Tensor:
@@ -95,19 +97,28 @@ class PieceScorer:
 
     def commit(self, piece: slice) -> None:
         """Reads the clean tokens of a piece into the cache."""
-        _, first_key = self.cache.get_mask_sizes(0, 0)
-        block_ids, positions = self.blocks.block_ids, self.blocks.position_ids
-        mask = block_diffusion_mask(block_ids[:, piece], block_ids[:, first_key : piece.stop], *self.kind)
-        self.model.model(
-            input_ids=self.x_0[:, piece], position_ids=positions[:, piece], attention_mask=mask, cache=self.cache
-        )
+        query, key = self.clean(piece), self.clean(self.cached(piece))
+        mask = block_diffusion_mask(query, key, self.kind)
+        inputs = {"position_ids": query.position_ids, "attention_mask": mask, "cache": self.cache}
+        states = self.model._network(input_ids=self.x_0[:, piece], **inputs).last_hidden_state
+        if self.config.shift_logits:
+            before = states[:, :1] if self.states is None else self.states[:, -1:]
+            self.states = torch.cat([before, states], dim=1)
+
+    def cached(self, piece: slice) -> slice:
+        """The columns of the clean text that the cache holds, or will, once it holds a piece."""
+        return slice(self.cache.get_mask_sizes(0, 0)[1], piece.stop)
+
+    def clean(self, columns: slice) -> Tokens:
+        """Tokens of the clean text."""
+        block_ids, positions = (ids[:, columns] for ids in (self.blocks.block_ids, self.blocks.position_ids))
+        return Tokens(block_ids, positions, 0, self.kind.clean_is_causal and torch.ones_like(block_ids) > 0)
 
     def nelbo_of_piece(self, piece: slice) -> Tensor:
         """The NELBO of the noised copies of a piece whose clean tokens are committed [batch, copies, length]."""
         x_t, weights, masked = (values[:, :, piece] for values in (self.x_t, self.weights, self.masked))
         num_copies, shape = x_t.shape[1], x_t.flatten(1).shape
-        _, first_key = self.cache.get_mask_sizes(0, 0)
-        clean_blocks, block_ids = (self.blocks.block_ids[:, part] for part in (slice(first_key, piece.stop), piece))
+        block_ids, clean = self.blocks.block_ids[:, piece], self.clean(self.cached(piece))
         columns = torch.arange(shape[1], device=x_t.device)[None]
         if self.x_0.device.type == "cpu" and self.config._attn_implementation != "flex_attention":
             # As `forward` has it: without the blocks that hold no prediction.
@@ -118,19 +129,35 @@ class PieceScorer:
             rows = max(len(values), len(columns))
             return values.expand(rows, -1).gather(1, columns.expand(rows, -1))
 
-        noisy_blocks = chosen(block_ids.repeat(1, num_copies))
         streams = torch.arange(1, num_copies + 1, device=x_t.device).repeat_interleave(block_ids.shape[1])[None]
-        streams = nn.functional.pad(chosen(streams), (clean_blocks.shape[1], 0))
-        key_blocks = torch.cat([clean_blocks.expand(len(noisy_blocks), -1), noisy_blocks], dim=1)
+        fields = (block_ids.repeat(1, num_copies), self.blocks.position_ids[:, piece].repeat(1, num_copies), streams)
+        query = Tokens(*map(chosen, fields))
         inputs = {
             "input_ids": chosen(x_t.flatten(1)),
-            "position_ids": chosen(self.blocks.position_ids[:, piece].repeat(1, num_copies)),
-            "attention_mask": block_diffusion_mask(noisy_blocks, key_blocks, *self.kind, streams),
+            "position_ids": query.position_ids,
+            "attention_mask": block_diffusion_mask(query, followed_by(clean, query), self.kind),
             "cache": CommitCache(self.cache, 0),
         }
         if self.timesteps is not None:
             inputs["timesteps"] = chosen(self.timesteps[:, :, piece].flatten(1))
-        states = self.model.model(**inputs).last_hidden_state[chosen(masked.flatten(1))]
+        states = self.model._network(**inputs).last_hidden_state
+        if self.config.shift_logits:
+            # The token before: of the same block in the noisy stream, of an earlier block in the clean one.
+            num_columns, column = states.shape[1], torch.arange(block_ids.shape[1], device=x_t.device)
+            is_first = chosen(block_starts(block_ids).repeat(1, num_copies))
+            in_clean = num_columns + chosen(column.repeat(1, num_copies))
+            read_at = (torch.arange(num_columns, device=x_t.device) - 1).clamp(min=0)
+            read_at = torch.where(is_first, in_clean, read_at)[..., None].expand(len(states), -1, states.shape[-1])
+            states = torch.cat([states, self.states], dim=1).gather(1, read_at)
+        states = states[chosen(masked.flatten(1))]
         nats = self.model.token_nats(states, self.labels[:, piece], masked.flatten(1))
         nelbo = torch.zeros(masked.shape, dtype=torch.float32, device=nats.device)
         return nelbo.masked_scatter(masked, weights[masked].float() * nats)
+
+
+def followed_by(clean: Tokens, noisy: Tokens) -> Tokens:
+    """The clean tokens, then the noisy ones, as keys [batch or 1, clean + noisy]."""
+    rows = len(noisy.block_ids)
+    first, second = ((tokens.block_ids, tokens.position_ids) for tokens in (clean, noisy))
+    ids = (torch.cat([part.expand(rows, -1) for part in pair], dim=1) for pair in zip(first, second))
+    return Tokens(*ids, nn.functional.pad(noisy.streams, (clean.block_ids.shape[1], 0)))

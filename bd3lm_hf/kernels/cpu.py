@@ -59,7 +59,8 @@ def two_streams(original: Callable) -> Callable:
         streams = original(self, x_t, x_0, blocks, timesteps, masked)
         mask, columns = streams.attention_mask, streams.noisy_columns
         # Where anybody looks at the states of the network, they are to be whole.
-        is_watched = has_hooks(self.model) or has_hooks(getattr(self.model, "norm", self.model))
+        network = self.base_model
+        is_watched = has_hooks(network) or has_hooks(getattr(network, "norm", network))
         if columns is not None and is_mask(mask) and not is_watched and is_called_plainly():
             wanted = masked.gather(1, columns)
             notes_of(mask).wanted = nn.functional.pad(wanted, (0, mask.shape[-1] - wanted.shape[1]))
@@ -73,7 +74,7 @@ def token_nats(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def _token_nats(self, hidden_states, labels, masked):
-        head = self.lm_head
+        head = self.get_output_embeddings()
         is_taken = is_plain(hidden_states) and is_leaf(head, nn.Linear, hidden_states.dtype)
         if not is_taken or self.config._attn_implementation != "sdpa":
             return original(self, hidden_states, labels, masked)
@@ -88,7 +89,7 @@ def logits(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def _logits(self, hidden_states):
-        weights, head = packed_weights(), self.lm_head
+        weights, head = packed_weights(), self.get_output_embeddings()
         is_inference = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         if weights is None or head not in weights.linears or not is_inference:
             return original(self, hidden_states)
@@ -140,7 +141,7 @@ def pack_weights(model: nn.Module, classes: dict[str, type], num_rows: int, num_
         num_rows: rows of a usual forward.
         num_forwards: forwards to come.
     """
-    network, head, dtype = model.model, model.lm_head, model.dtype
+    network, head, dtype = model.base_model, model.get_output_embeddings(), model.dtype
     if (
         type(network) is not classes.get("BD3LMModel")
         or has_hooks(network)

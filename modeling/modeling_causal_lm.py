@@ -1,0 +1,196 @@
+"""A causal language model of Transformers, as it is, as the network of a block diffusion language model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .configuration_causal_lm import BlockDiffusionConfig
+from .generation_block_diffusion import CACHE_NAME, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+from .loss_block_diffusion import token_nats
+from .network_block_diffusion import (
+    BlockDiffusionLMMixin,
+    BlockDiffusionPreTrainedMixin,
+    check_one_input,
+    prepare_denoising,
+)
+from .outputs_block_diffusion import NetworkOutput, accepts_past_key_values
+from .two_stream_block_diffusion import tokens_where
+
+
+class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedModel):
+    """Loading and saving, common to the models of this file, which hold a stock network under its own names."""
+
+    config_class = BlockDiffusionConfig
+    config: BlockDiffusionConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    # A backend that brings its own attention (vLLM, SGLang) would run this model as a causal one.
+    _supports_attention_backend = False
+
+    def _take_modules(self, stock: PreTrainedModel) -> None:
+        """Takes over the modules of a stock model, under their names, and what the class says of them."""
+        self.base_model_prefix = stock.base_model_prefix
+        for name, module in stock.named_children():
+            setattr(self, name, module)
+        for name in ("_tied_weights_keys", "_tp_plan", "_keys_to_ignore_on_load_unexpected"):
+            setattr(self, name, getattr(type(stock), name, None))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.set_input_embeddings(value)
+
+    def _network(self, cache: Cache | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
+        if inputs.pop("timesteps", None) is not None:
+            raise ValueError("`timesteps` must be None for a network that is told no noise level, but got some.")
+        limit, position_ids = self.config.max_position_embeddings, inputs["position_ids"]
+        has_table = limit is not None and not hasattr(self.base_model, "rotary_emb")
+        if has_table and not position_ids.is_meta and int(position_ids.max()) >= limit:
+            raise ValueError(
+                f"`position_ids` must be below {limit}, for the network has learned so many positions, but got "
+                f"{int(position_ids.max())}."
+            )
+        inputs.update({CACHE_NAME: cache, "use_cache": cache is not None})
+        return self.base_model(return_dict=True, **inputs)
+
+
+class BlockDiffusionModel(BlockDiffusionPreTrainedModel):
+    """The network of a `config`, read by blocks, without the head."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|embed_out)\."]
+
+    def __init__(self, config: BlockDiffusionConfig):
+        super().__init__(config)
+        network = AutoModel.from_config(config.text_config)
+        self.base_model_prefix = network.base_model_prefix
+        setattr(self, self.base_model_prefix, network)
+        self.post_init()
+
+    @accepts_past_key_values
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> NetworkOutput:
+        """A denoising pass that gives a `last_hidden_state` [batch, length, hidden]; see [`BlockDiffusionLMMixin`]."""
+        check_one_input(input_ids, inputs_embeds)
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        given, text = (
+            input_ids if inputs_embeds is None else inputs_embeds,
+            (attention_mask, position_ids, document_ids),
+        )
+        position_ids, attention_mask = prepare_denoising(self.config, given, self.dtype, text, cache)
+        kwargs.update(position_ids=position_ids, attention_mask=attention_mask, cache=cache)
+        outputs = self._network(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return NetworkOutput(last_hidden_state=outputs.last_hidden_state, cache=cache, **seen)
+
+
+class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedModel, BlockDiffusionGenerationMixin):
+    """
+    A causal language model of Transformers as a block diffusion language model: the stock network of `config` and its
+    head, whose weights keep their names, so that the stock class reads them too.
+    """
+
+    generation_config_class = BD3LMGenerationConfig
+
+    def __init__(self, config: BlockDiffusionConfig):
+        super().__init__(config)
+        self._take_modules(AutoModelForCausalLM.from_config(config.text_config))
+        self.post_init()
+
+    @classmethod
+    def from_causal_lm(
+        cls,
+        model: PreTrainedModel | str,
+        block_size: int = BlockDiffusionConfig.block_size,
+        mask_token_id: int | None = None,
+        shift_logits: bool = True,
+        clean_attention: str = "block",
+        **kwargs: Any,
+    ) -> "BlockDiffusionForMaskedLM":
+        """
+        Makes a block diffusion model of an autoregressive one, which scores as before with block size 1.
+
+        Args:
+            model: a causal language model, whose modules are taken over, or the name or folder of one.
+            block_size: tokens denoised together.
+            mask_token_id: an id that no text uses; by default a new one. Where the embeddings have no row for it, they
+                grow, and new rows start at the mean of the others.
+            shift_logits, clean_attention: see [`BlockDiffusionConfig`].
+            kwargs: for `AutoModelForCausalLM.from_pretrained`, with a name.
+
+        Raises:
+            ValueError: the network is none that block diffusion can take, or an argument breaks its rule.
+        """
+        if not isinstance(model, PreTrainedModel):
+            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        elif kwargs:
+            raise ValueError(f"`kwargs` are for a model that is loaded, but got {sorted(kwargs)} with a model.")
+        text_config = model.config.get_text_config(decoder=True)
+        fields = {"shift_logits": shift_logits, "clean_attention": clean_attention, "dtype": model.dtype}
+        BlockDiffusionConfig(text_config=text_config, block_size=block_size, **fields)
+        num_rows = model.get_input_embeddings().weight.shape[0]
+        if mask_token_id is None:
+            mask_token_id = num_rows
+        if mask_token_id >= num_rows:
+            model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+            for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+                with torch.no_grad():
+                    part.weight[num_rows:] = part.weight[:num_rows].float().mean(0).to(part.weight.dtype)
+        fields.update(mask_token_id=mask_token_id, block_size=block_size)
+        config = BlockDiffusionConfig(text_config=text_config, **fields)
+        config._attn_implementation = model.config._attn_implementation
+        with torch.device("meta"):
+            adapted = cls(config)
+        adapted._take_modules(model)
+        adapted.post_init()
+        adapted.generation_config = BD3LMGenerationConfig.from_generation_config(model.generation_config)
+        return adapted.train(model.training)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.embed_out if hasattr(self, "embed_out") else self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        setattr(self, "embed_out" if hasattr(self, "embed_out") else "lm_head", new_embeddings)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """Logits as the stock model gives them: Gemma's are bounded."""
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        return self._capped(super()._logits(hidden_states))
+
+    def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
+        if getattr(self.config.text_config, "final_logit_softcapping", None) is None:
+            return super().token_nats(hidden_states, labels, masked)
+        targets = tokens_where(masked, labels.repeat(1, masked.shape[1] // max(labels.shape[1], 1)))
+        return token_nats(hidden_states, targets, self._logits, self.config.mask_token_id)
+
+
+AUTO_MAP = {
+    "AutoConfig": f"{BlockDiffusionConfig.__module__.split('.')[-1]}.BlockDiffusionConfig",
+    "AutoModel": f"{__name__.split('.')[-1]}.BlockDiffusionModel",
+    "AutoModelForMaskedLM": f"{__name__.split('.')[-1]}.BlockDiffusionForMaskedLM",
+    "AutoModelForCausalLM": f"{__name__.split('.')[-1]}.BlockDiffusionForMaskedLM",
+}
+BlockDiffusionPreTrainedModel.auto_map = AUTO_MAP
+BlockDiffusionConfig.register_for_auto_class()
+BlockDiffusionModel.register_for_auto_class("AutoModel")
+BlockDiffusionForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
