@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.collators import BD3LMDataCollator
+from .resuming import ResumingMixin
 
 
 try:
@@ -56,7 +57,7 @@ REFUSED = {
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "document_ids")
 
 
-class BD3LMSFTTrainer(SFTTrainer):
+class BD3LMSFTTrainer(ResumingMixin, SFTTrainer):
     """
     TRL's `SFTTrainer` for block diffusion language models (arXiv 2503.09573).
 
