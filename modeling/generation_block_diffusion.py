@@ -133,7 +133,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if isinstance(cache, StaticCache) and not is_given:
             read_whole_text(cache, max_cache_length)
         is_plain = type(cache) is DynamicCache and not cache.offloading and not is_given
-        if is_plain and self.config.window_in_blocks > 0:
+        if is_plain:
             # Rows are complete a block apart, and the next call may go on with all of them.
             window = (self.config.window_in_blocks + (batch_size > 1)) * self.config.block_size
             model_kwargs[CACHE_NAME] = sliding_cache(self.config.num_hidden_layers, window)

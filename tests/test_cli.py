@@ -153,6 +153,9 @@ def test_resuming_goes_on_from_the_last_checkpoint(trained, corpus, tmp_path):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert train(tmp_path / "changed", "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint)) == 2
+    # Who changes a checkpoint on purpose says so.
+    (checkpoint / "checkpoint_manifest.json").unlink()
     assert train(tmp_path / "changed", "--max_steps", "4", "--resume_from_checkpoint", str(checkpoint)) == 0
     changed = load_file(tmp_path / "changed" / "model.safetensors")["model.norm.weight"]
     assert torch.allclose(changed, straight["model.norm.weight"] + 1, atol=0.1)
@@ -192,6 +195,9 @@ def test_training_mistakes_are_one_line(trained, corpus, tmp_path, capsys):
     assert "there is no whole checkpoint in" in error_of([*train, "--resume_from_checkpoint", "last"], capsys)
     assert "`resume_from_checkpoint` (elsewhere) is no whole checkpoint" in error_of(
         [*train, "--resume_from_checkpoint", "elsewhere"], capsys
+    )
+    assert "must be another folder than --model's" in error_of(
+        [*train[:-1], trained, "--model", trained, "--lora_rank", "2"], capsys
     )
     assert "vocab_size=10 is too small" in error_of([*train, "--vocab_size", "10"], capsys)
 

@@ -95,13 +95,16 @@ def test_negative_prompts_and_gaps_are_read_in_pieces_too(monkeypatch, cache):
         assert_same(*both)
 
 
+@pytest.mark.parametrize("context", [32, 4])
 @pytest.mark.parametrize("cache", ["sliding", "dynamic", "given static"])
-def test_a_returned_cache_serves_rows_that_agree_with_it_for_unlike_lengths(monkeypatch, cache):
-    model = random_model(max_position_embeddings=32)
+def test_a_returned_cache_serves_rows_that_agree_with_it_for_unlike_lengths(monkeypatch, cache, context):
+    model = random_model(max_position_embeddings=context)
     first = write(model, monkeypatch, PIECE, texts(model, 2, 60), **CACHES[cache](model))
     # One row goes on, one begins anew: between what the first has in the cache and what is new lie columns that hold
     # nothing of it, many more than a window or a piece.
-    ids = torch.cat([first.sequences, texts(model, 2, 20, seed=1)], dim=1)
+    # What is new is longer than the window of 28, and no longer than that of two layers: what the next blocks see has
+    # seen the cached ones.
+    ids = torch.cat([first.sequences, texts(model, 2, 40, seed=1)], dim=1)
     ids[1] = texts(model, 1, ids.shape[1], seed=2)
     for padded in (0, 30):
         attention_mask = padding([ids.shape[1], ids.shape[1] - padded], ids.shape[1])
@@ -209,7 +212,7 @@ options = {
 }.get(what, {"max_new_tokens": 16})
 if what == "infill":
     ids[0, -9:-1] = 258
-    ids[0, 3] = 258
+    ids[0, 66] = 258
 else:
     options = {"max_new_tokens": 16, **options}
 if what == "negative":

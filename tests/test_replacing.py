@@ -266,15 +266,23 @@ def test_a_trainer_leaves_nothing_of_another_model_beside_its_own(tmp_path):
         return get_peft_model(random_model(num_hidden_layers=1), LoraConfig(r=2, target_modules="all-linear"))
 
     model = random_model(num_hidden_layers=1)
-    write(tmp_path, notes="mine", optimizer="mine")
+    own = {
+        "notes": "mine",
+        "optimizer": "mine",
+        "train_bd3lm.py": "mine",
+        "model.py": "mine",
+        "x.safetensors.old": "mine",
+    }
+    write(tmp_path, **own)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     weights = {"whole": {"model.safetensors"}, "adapter": {"adapter_model.safetensors"}}
     for kind, trained in (("whole", model), ("adapter", adapted()), ("whole", model)):
         trainer_of(trained, tmp_path).save_model()
         names = {path.name for path in tmp_path.iterdir()}
-        assert {name for name in names if "safetensors" in name} == weights[kind]
+        assert {name for name in names - {*own} if "safetensors" in name} == weights[kind]
         assert ("adapter_config.json" in names, "config.json" in names) == (kind == "adapter", kind == "whole")
-        assert {"notes", "optimizer", "training_summary.json", "training_args.bin"} <= names
+        assert {"training_summary.json", "training_args.bin"} <= names
+        assert {name: (tmp_path / name).read_text() for name in own} == own
         assert not [name for name in names if name.startswith(".")]
 
 

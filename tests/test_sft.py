@@ -411,6 +411,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(model, tokenizer, tmp_path):
     make_trainer(model, tokenizer, tmp_path, "packing", **kwargs).train()
     resumed = make_trainer(untrained, tokenizer, tmp_path, "packing", **kwargs)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     for name, weight in resumed.model.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name

@@ -23,6 +23,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, patch_environment
 from conftest import random_model
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerState, modeling_utils
 
 import bd3lm_hf.training.ema
@@ -140,6 +141,7 @@ def train(
     kill: int | list | None = None,
     lengths: list[int] | None = None,
     callbacks: tuple[TrainerCallback, ...] = (),
+    stream: bool = False,
     **arguments: Any,
 ) -> BD3LMTrainer:
     """
@@ -149,6 +151,7 @@ def train(
         model: by default a tiny one; overrides of its configuration, or another.
         kill: the step after which to die, or the arguments of `kill_while_writing`, or [] to die while deleting.
         lengths: of the random texts to train on, by default 24 of different ones.
+        stream: whether the texts to train on have no known number.
         arguments: those of training.
     """
     arguments = {
@@ -175,11 +178,14 @@ def train(
 
     if not isinstance(model, BD3LMForMaskedLM):
         model = random_model(attn_implementation="sdpa", **(model or {}))
+    train_set = examples(lengths or random_lengths(24), seed=0)
+    if stream:
+        train_set = Dataset.from_list(train_set).to_iterable_dataset()
     recorder = Recorder(output_dir / f"log_{arguments.process_index}.jsonl")
     trainer = BD3LMTrainer(
         model,
         arguments,
-        train_dataset=examples(lengths or random_lengths(24), seed=0),
+        train_dataset=train_set,
         eval_dataset=examples(random_lengths(13), seed=1),
         callbacks=[recorder, *callbacks],
     )

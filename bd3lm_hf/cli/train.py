@@ -1,5 +1,6 @@
 """`bd3lm train`."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -204,8 +205,14 @@ def _check_arguments(data_args: DataArguments, model_args: ModelArguments, train
         raise ValueError(f"--eval_split={data_args.eval_split} is the split of --eval_data, which must be given")
     if data_args.packing and data_args.examples is None:
         raise ValueError("--packing goes with --examples; the documents of --data are always packed")
-    if model_args.lora_rank is not None and model_args.model is None:
-        raise ValueError("--lora_rank adapts a trained model, so --model must be given")
+    if model_args.lora_rank is not None:
+        if model_args.model is None:
+            raise ValueError("--lora_rank adapts a trained model, so --model must be given")
+        if Path(model_args.model).resolve() == Path(training_args.output_dir).resolve():
+            raise ValueError(
+                f"--output_dir={training_args.output_dir} must be another folder than --model's: beside its base the "
+                "adapter would be loaded with it"
+            )
     if data_args.streaming:
         needed = {
             "--eval_data": data_args.eval_data is not None,
@@ -239,10 +246,25 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
     Returns:
         What `metrics.json` holds: `before` and `after` (metrics of the held-out sequences, see `BD3LMTrainer`),
         `unigram_perplexity` of the same text (None for a stream and for examples), and Trainer's `train` metrics.
+        `before` is None for a run that goes on, if the model that it began with lies where that is saved which it
+        ends with.
 
     Raises:
-        ValueError: if the arguments do not go together, or the corpus or tokenizer cannot be used.
+        ValueError: if the arguments do not go together, the corpus or tokenizer cannot be used, there is no whole
+            checkpoint to go on from, or another run is going on in the output folder.
     """
+    from ..training.checkpoints import checkpoint_to_resume
+    from ..training.runs import announced_run, on_main_process, sole_writer
+
+    output_dir, resume = training_args.output_dir, training_args.resume_from_checkpoint
+    resume = True if resume in ("last", "true", "True") else resume
+    with sole_writer(output_dir):
+        checkpoint = on_main_process(checkpoint_to_resume, resume, output_dir)
+        with announced_run(output_dir) if checkpoint is None else contextlib.nullcontext():
+            return _train(data_args, model_args, training_args, checkpoint)
+
+
+def _train(data_args: DataArguments, model_args: ModelArguments, training_args, checkpoint: str | None) -> dict:
     from transformers import set_seed
 
     from ..data.replacing import write_text
@@ -251,11 +273,10 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
     from ..training.trainer import BD3LMTrainer
 
     set_seed(training_args.seed)
-    checkpoint = _checkpoint_to_resume(training_args)
     with training_args.main_process_first(desc="preparing the data"):
         splits = _load_splits(data_args, training_args.seed)
         tokenizer = _load_or_train_tokenizer(data_args, model_args, checkpoint, splits)
-    model = _load_or_create_model(data_args, model_args, tokenizer, training_args)
+    model = _load_or_create_model(data_args, model_args, tokenizer, training_args, checkpoint)
     check_tokenizer(tokenizer, model.config)
     with training_args.main_process_first(desc="packing the data"):
         train_set, held_out_set = _sequences(splits, tokenizer, data_args, model.config, training_args.seed)
@@ -284,7 +305,9 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
         )
         return metrics
 
-    before = score("before training")
+    before = None if _begins_with_checkpoint(model_args, training_args, checkpoint) else score("before training")
+    if checkpoint is not None:
+        show(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -303,15 +326,13 @@ def train_model(data_args: DataArguments, model_args: ModelArguments, training_a
     return metrics
 
 
-def _checkpoint_to_resume(training_args) -> str | None:
-    from ..training.checkpoints import check_complete, last_complete_checkpoint
-
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint in ("last", "true", "True"):
-        return last_complete_checkpoint(training_args.output_dir)
-    if checkpoint is not None:
-        check_complete(checkpoint)
-    return checkpoint
+def _begins_with_checkpoint(model_args: ModelArguments, training_args, checkpoint: str | None) -> bool:
+    """Whether the model that the run began with may have been overwritten by that which it ends with."""
+    return (
+        checkpoint is not None
+        and model_args.model is not None
+        and Path(model_args.model).resolve() == Path(training_args.output_dir).resolve()
+    )
 
 
 def _load_splits(data_args: DataArguments, seed: int):
@@ -352,7 +373,7 @@ def _load_or_train_tokenizer(data_args, model_args, checkpoint, splits):
     return train_tokenizer(splits["train"], data_args.vocab_size)
 
 
-def _load_or_create_model(data_args, model_args, tokenizer, training_args):
+def _load_or_create_model(data_args, model_args, tokenizer, training_args, checkpoint):
     from ..evaluation.loading import check_size, load_whole
     from ..modeling.configuration_bd3lm import BD3LMConfig
     from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -380,7 +401,9 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args):
             f"configuration takes only {', '.join(ModelArguments.ADJUSTABLE)}"
         )
     block_size = config_fields.pop("block_size", None)
-    model = load_whole(BD3LMForMaskedLM, model_args.model, **config_fields, **attention)
+    source = checkpoint if _begins_with_checkpoint(model_args, training_args, checkpoint) else model_args.model
+    model = load_whole(BD3LMForMaskedLM, source, **config_fields, **attention)
+    model.name_or_path = model.config._name_or_path = model_args.model
     if block_size not in (None, model.config.block_size):
         if training_args.process_index == 0:
             print(

@@ -49,13 +49,10 @@ STALE_FILES = (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     ADAPTER_CONFIG_FILE,
-    "model*.safetensors",
+    SAFE_WEIGHTS_NAME,
+    "model-*-of-*.safetensors",
     SAFE_WEIGHTS_INDEX_NAME,
-    "adapter_model*.safetensors",
-    "adapter_model*.bin",
-    "pytorch_model*.bin*",
-    "*_bd3lm.py",
-    "*_block_diffusion.py",
+    ADAPTER_WEIGHTS_FILE,
 )
 # And what tells of it.
 RECORDS = (*MODEL_FILES, "additional_chat_templates", CARD_FILE, "trainer_state.json", "training_args.bin")

@@ -28,6 +28,18 @@ from .published_files import (
 from .training_summary import STATED, TrainingSummary
 
 
+# What would be read along with the published files, or in their place, if an earlier commit left it there. In a folder
+# files of such names may be somebody's own, and stay.
+SUPERSEDED = (
+    *STALE_FILES,
+    "model*.safetensors",
+    "adapter_model*.safetensors",
+    "pytorch_model*.bin*",
+    "*_bd3lm.py",
+    "*_block_diffusion.py",
+)
+
+
 def upload(
     files: Mapping[str, Path | bytes],
     repo_id: str,
@@ -66,7 +78,7 @@ def upload(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
         held = [name for name in api.list_repo_files(repo_id, revision=revision, token=token) if "/" not in name]
-        stale = [name for name in held if name not in files and any(fnmatch(name, item) for item in STALE_FILES)]
+        stale = [name for name in held if name not in files and any(fnmatch(name, item) for item in SUPERSEDED)]
         operations = [CommitOperationDelete(path_in_repo=name) for name in stale] + [
             CommitOperationAdd(path_in_repo=name, path_or_fileobj=file if isinstance(file, bytes) else str(file))
             for name, file in files.items()

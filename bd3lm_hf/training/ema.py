@@ -118,13 +118,8 @@ class AveragedWeights:
         Raises:
             ValueError: there is no such file, or its weights are not those of this model.
         """
-        path = Path(folder, EMA_FILE)
-        if not path.is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint` ({folder}) holds no moving average ({EMA_FILE}): it was trained without. "
-                "Set `ema_decay` to 0."
-            )
-        with safe_open(path, framework="pt") as file:
+        check_saved_average(folder)
+        with safe_open(Path(folder, EMA_FILE), framework="pt") as file:
             if set(file.keys()) != set(self.names):
                 difference = sorted(set(file.keys()) ^ set(self.names))
                 raise ValueError(
@@ -136,3 +131,15 @@ class AveragedWeights:
                     whole = distribute_tensor(whole, average.device_mesh, average.placements)
                 average.copy_(whole)
             self.averaged.n_averaged.fill_(int(file.metadata()["num_averaged"]))
+
+
+def check_saved_average(folder: str | Path) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint in `folder` holds no moving average.
+    """
+    if not Path(folder, EMA_FILE).is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint` ({folder}) holds no moving average ({EMA_FILE}): it was trained without. Set "
+            "`ema_decay` to 0."
+        )

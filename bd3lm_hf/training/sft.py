@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..data.collators import BD3LMDataCollator
 from ..evaluation.loading import load_whole
+from .resuming import ResumingMixin
 
 
 try:
@@ -57,7 +58,7 @@ REFUSED = {
 TOKEN_COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks", "document_ids")
 
 
-class BD3LMSFTTrainer(SFTTrainer):
+class BD3LMSFTTrainer(ResumingMixin, SFTTrainer):
     """
     TRL's `SFTTrainer` for block diffusion language models (arXiv 2503.09573).
 

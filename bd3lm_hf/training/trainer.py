@@ -24,9 +24,11 @@ from ..modeling.two_stream_block_diffusion import TextBlocks
 from ..noise.sampler import Noise, NoiseSampler
 from .arguments import BD3LMTrainingArguments
 from .callbacks import BlockSizeCallback, EMACallback, NoiseIntervalCallback
-from .checkpoints import check_architecture, check_complete, last_complete_checkpoint, mark_incomplete, own_class
+from .checkpoints import own_class
 from .checks import check_dataset, check_eval_dataset, check_fsdp_plugin
+from .ema import check_saved_average
 from .publishing import PublishingMixin
+from .resuming import ResumingMixin
 
 
 # The noise of training and that of evaluation are drawn from seeds of their own.
@@ -37,7 +39,7 @@ STREAMED_ROWS = 1024
 TEXT_INPUTS = ("labels", "attention_mask", "position_ids", "document_ids")
 
 
-class BD3LMTrainer(PublishingMixin, Trainer):
+class BD3LMTrainer(ResumingMixin, PublishingMixin, Trainer):
     """
     Trains block diffusion language models (arXiv 2503.09573) as `Trainer` trains any other.
 
@@ -148,23 +150,17 @@ class BD3LMTrainer(PublishingMixin, Trainer):
                 )
         config.validate()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """
-        As `Trainer.train`. With `resume_from_checkpoint=True` the last *whole* checkpoint is taken: one that was being
-        written when the run was killed is passed over.
-
-        Raises:
-            ValueError: there is no whole checkpoint, or it is of another architecture.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            check_complete(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            check_architecture(resume_from_checkpoint, self.config)
+    def _check_checkpoint(self, checkpoint: str) -> None:
+        super()._check_checkpoint(checkpoint)
         if self.ema_callback is not None:
-            self.ema_callback.resume_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            check_saved_average(checkpoint)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        super()._begin(checkpoint)
+        if self.ema_callback is not None:
+            self.ema_callback.resume_from = checkpoint
+        # A run that was stopped within a step had met a part of its noise.
+        self._noised_step = None
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As `Trainer.get_batch_samples`, after -100 was set as the label of each token that is not predicted."""
@@ -267,18 +263,11 @@ class BD3LMTrainer(PublishingMixin, Trainer):
             with weights, own_class(self.model):
                 super().save_model(output_dir, _internal_call)
             return self.save_summary(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            mark_incomplete(output_dir)
         with own_class(self.model):
             super().save_model(output_dir, _internal_call)
         if self.ema_callback is not None and self.ema_callback.weights is not None:
             self.ema_callback.weights.save(output_dir, self.args.should_save)
         self.save_summary(output_dir, is_checkpoint=True)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The last that each process writes: Trainer's state, which says that a checkpoint is whole, comes after all.
-        self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
     def _averaged_weights(self) -> Iterator[None]:
