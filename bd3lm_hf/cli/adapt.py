@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--block_size", type=int, help="Tokens denoised together. (default: 4)")
     parser.add_argument(
         "--mask_token",
-        help="A token that no text uses, or a new one. (default: the tokenizer's, one kept for later use, or a new one)",
+        help="A token that no text uses, or a new one. (default: the tokenizer's, one kept for later, or a new one)",
     )
     parser.add_argument(
         "--shift_logits",
@@ -53,17 +53,10 @@ def run(argv: Sequence[str]) -> None:
 
     from ..hub.adaptation import adapt_checkpoint
 
-    names = [
-        "tokenizer",
-        "gguf_file",
-        "block_size",
-        "mask_token",
-        "shift_logits",
-        "clean_attention",
-        "target",
-        "dtype",
-    ]
-    model, tokenizer = adapt_checkpoint(args.source, args.destination, overwrite=args.overwrite, **given(args, names))
+    names = ["tokenizer", "gguf_file", "block_size", "mask_token", "shift_logits", "clean_attention"]
+    model, tokenizer = adapt_checkpoint(
+        args.source, args.destination, overwrite=args.overwrite, **given(args, [*names, "target", "dtype"])
+    )
     config = model.config
     print(
         f"saved to {args.destination}: {config.text_config.model_type}, {model.num_parameters():,} parameters, block "

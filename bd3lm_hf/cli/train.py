@@ -365,7 +365,9 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args):
             f"configuration takes only {', '.join(adjustable)}"
         )
     block_size = config_fields.pop("block_size", None)
-    model = model_class.from_pretrained(model_args.model, **config_fields, **attention)
+    # Small updates would be lost in weights of lower precision; below an adapter they stay as they are.
+    dtype = {"dtype": "float32"} if model_args.lora_rank is None else {}
+    model = model_class.from_pretrained(model_args.model, **config_fields, **attention, **dtype)
     if block_size not in (None, model.config.block_size):
         if training_args.process_index == 0:
             print(

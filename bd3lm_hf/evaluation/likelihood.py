@@ -312,8 +312,8 @@ def _is_causal(model) -> bool:
         return False
     if model.config.is_encoder_decoder or not _looks_back_only(model):
         raise ValueError(
-            "`model` must be a BD3LMForMaskedLM or an adapted network (BlockDiffusionForMaskedLM), or an autoregressive "
-            f"model (AutoModelForCausalLM), but got a "
+            "`model` must be a BD3LMForMaskedLM or an adapted network (BlockDiffusionForMaskedLM), or an "
+            "autoregressive model (AutoModelForCausalLM), but got a "
             f"{type(model).__name__}, whose scores depend on other tokens than those before."
         )
     return True

@@ -21,7 +21,7 @@ FIELDS = ("block_size", "mask_token_id", "noise_schedule", "noise_interval")
 
 
 def is_block_diffusion(config: Any) -> bool:
-    """Whether a configuration is that of a block diffusion language model, whichever its network and whoever's code."""
+    """Whether a configuration is that of a block diffusion language model, of any network and anyone's code."""
     return all(hasattr(config, field) for field in FIELDS)
 
 
@@ -55,7 +55,8 @@ def language_model_class(name_or_path: str | Path) -> type[PreTrainedModel]:
     model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     if model_type in CONFIG_MAPPING and model_type not in LANGUAGE_MODELS:
         raise ValueError(
-            f"`model` must be a block diffusion model, but {name!r} is a {model_type!r}; `bd3lm adapt` makes one of it."
+            f"`model` must be a block diffusion model, but {name!r} is a {model_type!r}, which `bd3lm "
+            "adapt` makes one of."
         )
     return LANGUAGE_MODELS.get(model_type, BD3LMForMaskedLM)
 

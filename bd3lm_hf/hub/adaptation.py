@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ..evaluation.likelihood import _looks_back_only
 from ..evaluation.networks import is_block_diffusion
-from ..modeling.configuration_causal_lm import BlockDiffusionConfig
+from ..modeling.configuration_causal_lm import BlockDiffusionConfig, check_network
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
 from .training_summary import ADAPTER_CONFIG_FILE, SUMMARY_FILE
 
 
-# What a vocabulary calls the tokens that it keeps for later: of Llama 3, Gemma, Qwen 1, BERT and others.
+# What a vocabulary calls a mask token that it does not declare, and the tokens that it keeps for later: those of Llama
+# 3, Gemma, Qwen 1, BERT and others.
+MASK_TOKEN = re.compile(r"[<|\[]+mask[>|\]]+", re.IGNORECASE)
 UNUSED_TOKEN = re.compile(r"<\|?(reserved|unused|extra|placeholder)[\w ]*\|?>|\[(unused|reserved)\w*\]", re.IGNORECASE)
 NEW_MASK_TOKEN = "<|mask|>"
 # What the engines that serve SDAR (SGLang, LMDeploy) have built in; see `bd3lm export`.
@@ -44,8 +46,9 @@ def adapt(
         source: A causal language model, whose modules are taken over; or a folder or Hub id, or a .gguf file.
         tokenizer: That of the model, which is changed; or a folder or Hub id. By default that of `source`.
         block_size: Tokens denoised together.
-        mask_token: A token that no text uses, or a new one. By default the tokenizer's own mask token, or else the
-            first that its vocabulary keeps for later use (`<unused0>`, `<|reserved_special_token_0|>`), or a new one.
+        mask_token: A token that no text uses, or a new one. By default the tokenizer's own mask token, or else one
+            that its vocabulary calls so (`<mask>`, `[MASK]`) or keeps for later use (`<unused0>`,
+            `<|reserved_special_token_0|>`), or a new one.
             The embeddings grow only if they have no row for it; a new row starts at the mean of the others.
         shift_logits: Whether the output at a token goes on scoring the next one; by default True.
         clean_attention: "block" or "causal"; see [`BlockDiffusionConfig`].
@@ -135,9 +138,10 @@ def set_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token: str | None = 
         ValueError: the token has another use: BOS, EOS, padding, what is unknown, or a part of the chat template.
     """
     if mask_token is None:
-        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        unused = [token for token, _ in vocabulary if UNUSED_TOKEN.fullmatch(token) and not _use(tokenizer, token)]
-        mask_token = tokenizer.mask_token or (unused or [NEW_MASK_TOKEN])[0]
+        vocabulary = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+        found = [token for kind in (MASK_TOKEN, UNUSED_TOKEN) for token in vocabulary if kind.fullmatch(token)]
+        found = [token for token in found if _use(tokenizer, token) is None]
+        mask_token = tokenizer.mask_token or (found or [NEW_MASK_TOKEN])[0]
     use = _use(tokenizer, mask_token)
     if use is not None:
         raise ValueError(f"`mask_token` must be a token that no text uses, but {mask_token!r} is {use}.")
@@ -167,15 +171,18 @@ def _target_fields(target: str | None, mask_token: str | None, shift_logits: boo
 def _check_source(source: PreTrainedModel, target: str | None) -> None:
     if is_block_diffusion(source.config):
         raise ValueError(
-            f"`source` must be an autoregressive model, but is a {type(source).__name__}, which denoises blocks already."
+            f"`source` must be an autoregressive model, but is a {type(source).__name__}, which denoises "
+            "blocks already."
         )
     text_config = source.config.get_text_config(decoder=True)
     # Says why where the network is none to be read by blocks.
-    BlockDiffusionConfig(text_config=text_config)
-    if not _looks_back_only(source):
+    check_network(text_config)
+    # Transformers loads BERT as a causal model, too.
+    is_masked = text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_masked and not getattr(text_config, "is_decoder", False):
         raise ValueError(
-            f"`source` must be an autoregressive model, but is a {type(source).__name__}, whose scores depend on other "
-            "tokens than those before."
+            f"`source` must be an autoregressive model, but is a {type(source).__name__}, whose scores depend on "
+            "other tokens than those before."
         )
     if target is not None and text_config.model_type not in SDAR["networks"]:
         raise ValueError(

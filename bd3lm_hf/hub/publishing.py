@@ -98,9 +98,9 @@ def _check_config(folder: Path, files: Mapping[str, Path]) -> None:
     config = json.loads(files[CONFIG_NAME].read_text(encoding="utf-8"))
     if config.get("model_type") not in LANGUAGE_MODELS:
         raise ValueError(
-            f"`checkpoint` ({folder}) must hold a model of the type {' or '.join(map(repr, LANGUAGE_MODELS))}, but its "
-            f"type is {config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint, and `bd3lm adapt` "
-            "adapts a causal language model."
+            f"`checkpoint` ({folder}) must hold a model of the type {' or '.join(map(repr, LANGUAGE_MODELS))}, but "
+            f"its type is {config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint, and `bd3lm "
+            "adapt` adapts a causal language model."
         )
     sources = {f"{name.split('.')[0]}.py" for name in config.get("auto_map", {}).values()}
     missing = sorted(sources - set(files)) if sources else ["auto_map"]
