@@ -18,7 +18,7 @@ from ..data.collators import BD3LMDataCollator
 from ..data.tokenization import token_byte_counts
 from ..evaluation.block_losses import BlockLosses, block_statistics, predicted_blocks
 from ..evaluation.networks import is_block_diffusion
-from ..hub.training_summary import SUMMARY_FILE
+from ..hub.training_summary import SUMMARY_FILE, TrainingSummary
 from ..modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 from ..modeling.two_stream_block_diffusion import TextBlocks
 from ..noise.sampler import Noise, NoiseSampler
@@ -108,9 +108,11 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         ]
         for callback in filter(None, callbacks):
             self.add_callback(callback)
+        # What was evaluated before training, whose log begins anew.
+        self.history_before: list[dict[str, float]] = []
         # The batches of the step at hand that have met their noise, and the evaluated ones.
         self._noised_step, self._noised_batches = None, 0
-        self._evaluated_batches = 0
+        self._evaluated_batches, self._num_new_tokens = 0, 0
         self._token_bytes = None if self.processing_class is None else token_byte_counts(self.processing_class)
 
     @property
@@ -170,7 +172,11 @@ class BD3LMTrainer(PublishingMixin, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As `Trainer.get_batch_samples`, after -100 was set as the label of each token that is not predicted."""
-        return super().get_batch_samples(map(self._with_labels, epoch_iterator), num_batches, device)
+        labelled = map(self._with_labels, epoch_iterator)
+        batches, num_items = super().get_batch_samples(labelled, num_batches, device)
+        # On its device: to read it here would be to wait for the step before.
+        self._num_new_tokens = self._num_new_tokens + (0 if num_items is None else num_items)
+        return batches, num_items
 
     def compute_loss(
         self,
@@ -202,6 +208,8 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         """As `Trainer.evaluate`, with the metrics that stand in the description of this class."""
         with self._averaged_weights():
             metrics = super().evaluate(*args, **kwargs)
+        if not self.state.global_step:
+            self.history_before = list(self.state.log_history)
         if not self.is_in_train and self.state.global_step and Path(self.args.output_dir, SUMMARY_FILE).is_file():
             # What is found out about the saved weights belongs to their card.
             self.save_summary(self.args.output_dir)
@@ -276,6 +284,13 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         if self.ema_callback is not None and self.ema_callback.weights is not None:
             self.ema_callback.weights.save(output_dir, self.args.should_save)
         self.save_summary(output_dir, is_checkpoint=True)
+
+    def save_summary(self, folder: str | Path, is_checkpoint: bool = False) -> TrainingSummary | None:
+        """As `PublishingMixin.save_summary`, with the number of predicted tokens, which the state holds, too."""
+        if self.args.include_num_input_tokens_seen == "no":
+            self.state.num_input_tokens_seen += int(self._num_new_tokens)
+        self._num_new_tokens = 0
+        return super().save_summary(folder, is_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
