@@ -52,6 +52,11 @@ CARD_ARGUMENTS = (
     "masking",
     "num_noise_samples",
     "complementary_masks",
+    "noise_level_per",
+    "loss_weight",
+    "autoregressive_loss_weight",
+    "clean_attention",
+    "mask_token_learning_rate",
     "block_size_schedule",
     "ema_decay",
     "export_ema",
@@ -336,8 +341,8 @@ def _training_facts(trainer) -> dict[str, Any]:
 
 def _evaluations(trainer, weights_step: int) -> list[dict[str, Any]]:
     """
-    The evaluations before training and in the log. While training they are of the moving average, if there is one; afterwards of what the
-    model has then.
+    The evaluations in the log, and before training. While training they are of the moving average, if there is one;
+    afterwards of what the model has then.
     """
     args, config, state = trainer.args, trainer.config, trainer.state
     history = [*(trainer.history_before if state.global_step else []), *state.log_history]
