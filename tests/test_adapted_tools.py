@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from adapted import adapted_lm, byte_tokenizer, causal_lm, save_causal_lm
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig, pipeline
 
 from bd3lm_hf import (
     BD3LMTrainer,
@@ -18,11 +19,15 @@ from bd3lm_hf import (
     evaluate_likelihood,
     generative_perplexity,
     load_for_evaluation,
+    load_tokenizer,
+    prepare_finetuning,
 )
 from bd3lm_hf.app.likelihood import likelihood_of_new_tokens
 from bd3lm_hf.cli import main
+from bd3lm_hf.data.finetuning import pack_examples
 from bd3lm_hf.evaluation.harness import BD3LMHarness
 from bd3lm_hf.evaluation.networks import is_block_diffusion, language_model_class
+from bd3lm_hf.hub.adaptation import adapt_checkpoint
 from bd3lm_hf.hub.publishing import prepare_files
 from bd3lm_hf.hub.training_summary import TrainingSummary
 from bd3lm_hf.training.checkpoints import check_architecture
@@ -215,3 +220,60 @@ def test_an_adapter_trains_and_the_adapted_weights_stay(tmp_path):
     base = peft_model.unload()
     for name, weight in base.state_dict().items():
         torch.testing.assert_close(weight, kept[name], rtol=0, atol=0)
+
+
+def test_a_quantized_network_trains_an_adapter_and_the_mask_token(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'bd3lm-hf[quantizers]'")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    # Of a width that bitsandbytes packs.
+    source = save_causal_lm(tmp_path / "source", hidden_size=64, intermediate_size=128)
+    adapt_checkpoint(source, tmp_path / "adapted", clean_attention="causal")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "adapted", quantization_config=config)
+    assert all(module.weight.dtype == torch.uint8 for name, module in model.named_modules() if name.endswith("_proj"))
+    adapter = LoraConfig(
+        target_modules="all-linear", trainable_token_indices=[model.config.mask_token_id], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(prepare_model_for_kbit_training(model), adapter)
+    arguments = BD3LMTrainingArguments(
+        str(tmp_path),
+        max_steps=8,
+        learning_rate=2e-2,
+        mask_token_learning_rate=5e-2,
+        loss_weight="uniform",
+        autoregressive_loss_weight=0.5,
+        ema_decay=0.5,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+    )
+    data = [{"input_ids": [0, *[7, 8, 9, 10] * 4]}] * 8
+    trainer = BD3LMTrainer(model, arguments, train_dataset=data, eval_dataset=data)
+    # On some CPUs bitsandbytes packs 4 bit weights when it evaluates, and can't train them then.
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert trainer.evaluate()["eval_nelbo"] < losses[0]
+
+
+def test_chats_are_learnt_by_the_trainers_of_this_package_and_of_trl(folder, tmp_path):
+    pytest.importorskip("trl", reason="needs trl: pip install 'bd3lm-hf[trl]'")
+    from trl import SFTConfig
+
+    from bd3lm_hf.training.sft import BD3LMSFTTrainer
+
+    tokenizer = load_tokenizer(folder)
+    pairs = Dataset.from_list([{"prompt": f"{number}?", "completion": f" {number}!"} for number in range(16)])
+    options = {"max_steps": 2, "report_to": "none", "use_cpu": True}
+    sft = BD3LMSFTTrainer(
+        str(folder), SFTConfig(str(tmp_path / "sft"), max_length=32, packing=True, **options), train_dataset=pairs
+    )
+    sft.train()
+    sft.save_model()
+    assert language_model_class(tmp_path / "sft") is BlockDiffusionForMaskedLM
+    model = BlockDiffusionForMaskedLM.from_pretrained(folder)
+    examples = prepare_finetuning(pairs, tokenizer, max_length=32, block_size=model.config.block_size)
+    arguments = BD3LMTrainingArguments(str(tmp_path / "bd3lm"), noise_level_per="document", **options)
+    trainer = BD3LMTrainer(model, arguments, train_dataset=pack_examples(examples, 32), eval_dataset=examples)
+    before = trainer.evaluate()["eval_nelbo"]
+    trainer.train()
+    assert trainer.evaluate()["eval_nelbo"] != before
