@@ -127,6 +127,8 @@ def test_the_commands_read_an_adapted_folder(folder, trained, text_file, tmp_pat
     assert main([*command, "--hidden_dropout", "0.1"]) == 2
     assert "--hidden_dropout cannot change what --model=" in capsys.readouterr().err
     assert main([*command, "--output_dir", str(tmp_path / "lora"), "--max_steps", "1", "--lora_rank", "2"]) == 0
+    adapter = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert adapter["trainable_token_indices"] == [259]
     assert main(["generate", str(tmp_path / "lora"), "Text", "--max_new_tokens", "5"]) == 0
 
 
@@ -277,3 +279,20 @@ def test_chats_are_learnt_by_the_trainers_of_this_package_and_of_trl(folder, tmp
     before = trainer.evaluate()["eval_nelbo"]
     trainer.train()
     assert trainer.evaluate()["eval_nelbo"] != before
+
+
+def test_the_app_shows_how_an_adapted_model_writes_and_is_written_as_a_space(folder, tmp_path):
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'bd3lm-hf[app]'")
+    from bd3lm_hf.app import make_page
+    from bd3lm_hf.app.writing import Writer
+
+    model, tokenizer = load_for_evaluation(str(folder))
+    filler = pipeline("text-infilling", model=model, tokenizer=tokenizer)
+    make_page(filler, "smol")
+    choices = ("confidence", "2", 0, "", 0, 1, 0.9, "3", 0)
+    *_, (html, _, figures) = Writer(filler).write("Text", 7, *choices)
+    assert html.count('class="given"') == 4 and html.count('class="token') == 7 and "nats per token" in figures
+    *_, (html, _, figures) = Writer(filler).fill("Text ___ of ___", 3, *choices)
+    assert "nats per token" in figures
+    assert main(["app", str(folder), "--space", str(tmp_path / "space")]) == 0
+    assert (tmp_path / "space" / "model" / "modeling_causal_lm.py").is_file()

@@ -255,6 +255,16 @@ def test_with_an_adapter_the_mask_token_s_row_is_trained_if_it_is_named(make_tra
     torch.testing.assert_close(faster[0], plain[0], rtol=0, atol=0)
 
 
+def test_checkpointed_activations_give_the_same_training(make_trainer):
+    weights = []
+    for checkpointing in (False, True):
+        model = adapted_lm(block_size=3)
+        make_trainer(model, gradient_checkpointing=checkpointing, **RECIPES["autoregressive, complementary"]).train()
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    assert model.is_gradient_checkpointing
+
+
 def test_blocks_grow_from_1_and_the_optimizer_goes_on(make_trainer):
     model = adapted_lm(block_size=1)
     trainer = make_trainer(model, block_size_schedule={0: 1, 2: 2, 4: 5}, max_steps=6)
