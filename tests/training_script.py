@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, patch_environment
+from adapted import adapted_lm
 from conftest import random_model
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerState, modeling_utils
@@ -148,7 +149,8 @@ def train(
     Args:
         output_dir: where checkpoints, logs and the final model go.
         resume: as `resume_from_checkpoint`.
-        model: by default a tiny one; overrides of its configuration, or another.
+        model: by default a tiny one; overrides of its configuration, or arguments of `adapted_lm` as "adapted", or
+            another.
         kill: the step after which to die, or the arguments of `kill_while_writing`, or [] to die while deleting.
         lengths: of the random texts to train on, by default 24 of different ones.
         stream: whether the texts to train on have no known number.
@@ -176,8 +178,9 @@ def train(
         assert arguments.distributed_state.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-    if not isinstance(model, BD3LMForMaskedLM):
-        model = random_model(attn_implementation="sdpa", **(model or {}))
+    if not isinstance(model, torch.nn.Module):
+        adapted = (model or {}).get("adapted")
+        model = random_model(attn_implementation="sdpa", **(model or {})) if adapted is None else adapted_lm(**adapted)
     train_set = examples(lengths or random_lengths(24), seed=0)
     if stream:
         train_set = Dataset.from_list(train_set).to_iterable_dataset()

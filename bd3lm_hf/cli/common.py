@@ -64,14 +64,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace):
     """The model that the arguments name, whole and in evaluation mode on its device, and its tokenizer."""
     from ..data.tokenization import check_tokenizer, load_tokenizer
-    from ..evaluation.loading import check_json_files, load_whole
-    from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
+    from ..evaluation.loading import check_json_files
+    from ..evaluation.networks import load_language_model
 
     device = choose_device(args)
     check_json_files(args.model)
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     options = given(args, ["attn_implementation"])
-    model = load_whole(BD3LMForMaskedLM, args.model, device=device, dtype=args.dtype, **options)
+    model = load_language_model(args.model, device=device, dtype=args.dtype, **options)
     check_tokenizer(tokenizer, model.config)
     return model, tokenizer
 

@@ -123,7 +123,11 @@ class ModelArguments:
         metadata={"help": "Continue from this checkpoint (folder or Hub id). Without it a new model is trained."},
     )
     lora_rank: int | None = field(
-        default=None, metadata={"help": "Train a LoRA adapter of this rank on all linear layers of --model."}
+        default=None,
+        metadata={
+            "help": "Train a LoRA adapter of this rank on all linear layers of --model; if that is an adapted network, on "
+            "the mask token's embedding as well."
+        },
     )
     use_dora: bool = field(default=False, metadata={"help": "Decompose the adapted weights (DoRA)."})
     hidden_size: int | None = _config_field("Width of the residual stream.")
@@ -375,6 +379,7 @@ def _load_or_train_tokenizer(data_args, model_args, checkpoint, splits):
 
 def _load_or_create_model(data_args, model_args, tokenizer, training_args, checkpoint):
     from ..evaluation.loading import check_size, load_whole
+    from ..evaluation.networks import language_model_class
     from ..modeling.configuration_bd3lm import BD3LMConfig
     from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 
@@ -394,15 +399,20 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args, check
         )
         check_size(config, BD3LMForMaskedLM)
         return BD3LMForMaskedLM(config)
-    fixed = sorted(config_fields.keys() - set(ModelArguments.ADJUSTABLE))
+    model_class = language_model_class(model_args.model)
+    # An adapted network has fields of its own.
+    adjustable = [name for name in ModelArguments.ADJUSTABLE if hasattr(model_class.config_class, name)]
+    fixed = sorted(config_fields.keys() - set(adjustable))
     if fixed:
         raise ValueError(
             f"--{fixed[0]} cannot change what --model={model_args.model!r} was made with; with --model the "
-            f"configuration takes only {', '.join(ModelArguments.ADJUSTABLE)}"
+            f"configuration takes only {', '.join(adjustable)}"
         )
     block_size = config_fields.pop("block_size", None)
     source = checkpoint if _begins_with_checkpoint(model_args, training_args, checkpoint) else model_args.model
-    model = load_whole(BD3LMForMaskedLM, source, **config_fields, **attention)
+    # Small updates would be lost in weights of lower precision; below an adapter they stay as they are.
+    dtype = {"dtype": "float32"} if model_args.lora_rank is None else {}
+    model = load_whole(model_class, source, **config_fields, **attention, **dtype)
     model.name_or_path = model.config._name_or_path = model_args.model
     if block_size not in (None, model.config.block_size):
         if training_args.process_index == 0:
@@ -417,11 +427,15 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args, check
 
 
 def _adapted(model, model_args: ModelArguments):
+    from ..evaluation.networks import stock_config
+
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("--lora_rank needs the package peft: pip install 'bd3lm-hf[peft]'") from error
 
+    # The mask token that an adapted network was given has an embedding to learn, too.
+    is_adapted = stock_config(model.config) is not None
     config = LoraConfig(
         # What PEFT calls a model that generates text; its Auto class loads the adapter together with the base.
         task_type="CAUSAL_LM",
@@ -429,6 +443,7 @@ def _adapted(model, model_args: ModelArguments):
         lora_alpha=2 * model_args.lora_rank,
         target_modules="all-linear",
         use_dora=model_args.use_dora,
+        trainable_token_indices=[model.config.mask_token_id] if is_adapted else None,
     )
     return get_peft_model(model, config)
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..evaluation.networks import LANGUAGE_MODELS
 from .weights import check_saved_weights
 
 
@@ -243,10 +243,11 @@ def _check_config(folder: Path) -> None:
         raise ValueError(f"`checkpoint` ({folder}) holds neither {CONFIG_NAME} nor {ADAPTER_CONFIG_FILE}.")
     config = read_object(folder / CONFIG_NAME)
     # A published checkpoint has a width of another name.
-    if config.get("model_type") != BD3LMConfig.model_type or "hidden_dim" in config:
+    if config.get("model_type") not in LANGUAGE_MODELS or "hidden_dim" in config:
         raise ValueError(
-            f"`checkpoint` ({folder}) must hold a model of the type {BD3LMConfig.model_type!r}, but its type is "
-            f"{config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint."
+            f"`checkpoint` ({folder}) must hold a model of the type {' or '.join(map(repr, LANGUAGE_MODELS))}, but "
+            f"its type is {config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint, and `bd3lm "
+            "adapt` adapts a causal language model."
         )
     code = _code_files(folder, CONFIG_NAME)
     missing = sorted(name for name in code if not (folder / name).is_file()) if code else ["auto_map"]

@@ -37,6 +37,7 @@ SUPERSEDED = (
     "pytorch_model*.bin*",
     "*_bd3lm.py",
     "*_block_diffusion.py",
+    "*_causal_lm.py",
 )
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from ..data.replacing import write_text
-from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..evaluation.networks import fact_of_network, language_model_class, stock_config
 from ..noise.intervals import chosen_noise_intervals
 from .published_files import ADAPTER_CONFIG_FILE, SUMMARY_FILE, is_on_hub, read_object, weight_files
 
@@ -50,6 +51,11 @@ CARD_ARGUMENTS = (
     "masking",
     "num_noise_samples",
     "complementary_masks",
+    "noise_level_per",
+    "loss_weight",
+    "autoregressive_loss_weight",
+    "clean_attention",
+    "mask_token_learning_rate",
     "block_size_schedule",
     "ema_decay",
     "export_ema",
@@ -68,6 +74,8 @@ CONFIG_FACTS = (
     "time_conditioning",
     "bos_token_id",
 )
+# Of an autoregressive network that was adapted: where it came from, and how it is read.
+ADAPTED_FACTS = ("adapted_from", "shift_logits", "clean_attention", "mask_token_id")
 ADAPTER_FACTS = ("peft_type", "r", "lora_alpha", "use_dora")
 
 
@@ -86,7 +94,8 @@ class TrainingSummary:
         has_tokenizer: Whether a tokenizer lies beside the weights.
         noise_interval: `chosen_by` ("search", "fixed" or "default"); after a search also the `step` of the last one,
             its `nelbo_variance` and the `nelbo_variance_of_full_interval`, in (nats per token)^2.
-        training: Steps, epochs, seconds, mean loss (nats per token), sequences; empty if there was no training.
+        training: Steps, epochs, tokens that were predicted, seconds, mean loss (nats per token), sequences; empty if
+            there was no training.
         weights_step: Step of training that the saved weights are those of.
         averaged: Whether they are the moving average.
         evaluations: In their order: `name` of the data, `weights_step` and `averaged` of the weights that were
@@ -183,7 +192,9 @@ class TrainingSummary:
             )
         generation = folder / GENERATION_CONFIG_NAME
         sampler = read_object(generation).get("sampler") if generation.is_file() else None
-        facts = _config_facts(BD3LMConfig.from_pretrained(folder)) if (folder / CONFIG_NAME).is_file() else {}
+        config = folder / CONFIG_NAME
+        config = language_model_class(folder).config_class.from_pretrained(folder) if config.is_file() else None
+        facts = {} if config is None else _config_facts(config)
         return cls(
             model={**facts, "num_parameters": _num_parameters(folder), "sampler": sampler},
             has_tokenizer=has_tokenizer,
@@ -267,8 +278,12 @@ def datasets_of_the_hub(dataset: Any) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _config_facts(config: BD3LMConfig) -> dict[str, Any]:
-    facts = {name: getattr(config, name) for name in CONFIG_FACTS}
+def _config_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    facts = {name: fact_of_network(config, name) for name in CONFIG_FACTS}
+    network = stock_config(config)
+    if network is not None:
+        facts |= {name: getattr(config, name, None) for name in ADAPTED_FACTS}
+        facts["network"] = network.model_type
     return {**facts, "noise_interval": list(config.noise_interval)}
 
 
@@ -319,6 +334,7 @@ def _training_facts(trainer) -> dict[str, Any]:
     return {
         "num_steps": state.global_step,
         "num_epochs": state.epoch,
+        "num_tokens": int(state.num_input_tokens_seen) or None,
         "seconds": end.get("train_runtime"),
         "train_loss": end.get("train_loss"),
         "num_sequences": len(dataset) if hasattr(dataset, "__len__") else None,
@@ -327,10 +343,11 @@ def _training_facts(trainer) -> dict[str, Any]:
 
 def _evaluations(trainer, weights_step: int) -> list[dict[str, Any]]:
     """
-    The evaluations in the log. While training they are of the moving average, if there is one; afterwards of what the
-    model has then.
+    The evaluations in the log, and before training. While training they are of the moving average, if there is one;
+    afterwards of what the model has then.
     """
-    args, history, config = trainer.args, trainer.state.log_history, trainer.config
+    args, config, state = trainer.args, trainer.config, trainer.state
+    history = [*(trainer.history_before if state.global_step else []), *state.log_history]
     ends = [index for index, entry in enumerate(history) if "train_runtime" in entry]
     end = ends[-1] if ends and not trainer.is_in_train else len(history)
     has_average = bool(args.ema_decay)

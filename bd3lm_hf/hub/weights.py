@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
-from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..evaluation.networks import language_model_class
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
+from ..modeling.modeling_causal_lm import BlockDiffusionModel
 
 
 # So many names stand in an error; the rest is counted.
@@ -56,7 +57,7 @@ def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
     elif "quantization_config" in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")):
         expected = shapes
     else:
-        expected = _of_model(BD3LMConfig.from_pretrained(folder), shapes)
+        expected = _of_model(folder, shapes)
     differing = shapes.keys() & expected.keys()
     _refuse(
         folder,
@@ -77,11 +78,17 @@ def holds_numbers(tensor: torch.Tensor) -> bool:
     return tensor.dim() == 1 and not bool((tensor.isnan() | (tensor == math.inf)).any())
 
 
-def _of_model(config: BD3LMConfig, saved: Iterable[str]) -> dict[str, tuple[int, ...]]:
+def _of_model(folder: Path, saved: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes that a configuration asks for; of the layers that are not there, one, whatever number it names."""
-    layers = [int(match[1]) for name in saved if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))]
-    config.num_hidden_layers = min(config.num_hidden_layers, max(layers, default=-1) + 2)
-    model_class = BD3LMModel if config.architectures == [BD3LMModel.__name__] else BD3LMForMaskedLM
+    model_class = language_model_class(folder)
+    config = model_class.config_class.from_pretrained(folder)
+    layers = [int(match[1]) for name in saved if (match := re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name))]
+    network = config.get_text_config(decoder=True)
+    network.num_hidden_layers = min(network.num_hidden_layers, max(layers, default=-1) + 2)
+    if getattr(network, "layer_types", None):
+        network.layer_types = network.layer_types[: network.num_hidden_layers]
+    if config.architectures in ([BD3LMModel.__name__], [BlockDiffusionModel.__name__]):
+        model_class = BD3LMModel if model_class is BD3LMForMaskedLM else BlockDiffusionModel
     with torch.device("meta"):
         model = model_class(config)
     tied = (model._tied_weights_keys or ()) if config.tie_word_embeddings else ()

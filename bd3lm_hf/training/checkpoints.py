@@ -21,6 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
+from ..evaluation.networks import fact_of_network, stock_config
 from .runs import Run
 
 
@@ -43,6 +44,7 @@ ARCHITECTURE_FIELDS = (
     "time_conditioning",
     "tie_word_embeddings",
     "mask_token_id",
+    "shift_logits",
 )
 
 
@@ -319,11 +321,15 @@ def check_architecture(folder: str | Path, config: PreTrainedConfig) -> None:
         raise ValueError(f"`resume_from_checkpoint` ({folder}) has a {CONFIG_NAME} that can't be read.") from error
     if not isinstance(saved, dict):
         raise ValueError(f"`resume_from_checkpoint` ({folder}) has a {CONFIG_NAME} that is no table of settings.")
+    network = saved.get("text_config") or {}
+    saved = {**network, **saved}
     differences = [
-        f"{name} {saved[name]} there, {getattr(config, name)} here"
+        f"{name} {saved[name]} there, {fact_of_network(config, name)} here"
         for name in ARCHITECTURE_FIELDS
-        if name in saved and hasattr(config, name) and saved[name] != getattr(config, name)
+        if name in saved and saved[name] != fact_of_network(config, name)
     ]
+    if network.get("model_type") != getattr(stock_config(config), "model_type", None):
+        differences.insert(0, f"a network of the type {network.get('model_type')!r} there")
     if saved.get("model_type") != config.model_type:
         differences = [f"model_type {saved.get('model_type')!r} there, {config.model_type!r} here"]
     if differences:
