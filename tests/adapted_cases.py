@@ -66,6 +66,12 @@ ARCHITECTURES = {
 # Gemma 2 bounds its attention scores, which sdpa can't.
 CASES = [(name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")]
 
+VARIANTS = [(shift, clean) for shift in (True, False, "noisy") for clean in ("block", "causal")]
+# One with a single type of layers, one with two, and one with a table of positions.
+THREE = ["llama", "gemma3", "gpt2"]
+# Greedy text that repeats nothing depends on all before it.
+GREEDY = {"sampler": "confidence", "do_sample": False, "no_repeat_ngram_size": 1}
+
 
 def stock_model(name, attn_implementation="sdpa", seed=0, dtype=torch.float32, **overrides):
     """A tiny causal LM of Transformers in eval mode, whose scores depend on every token that they may see."""
@@ -148,3 +154,28 @@ def dense_scores(stock, config, x_t, x_0, block):
     else:
         first = outputs(start, start)[start - 1 : start]
     return torch.cat([first, own[start : end - 1]])
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def noised(ids, seed=1):
+    masked = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)).to(ids.device) < 0.5
+    return ids.masked_fill(masked, MASK)
+
+
+def left_padded(rows):
+    """Prompts of several lengths [length] as one batch."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def greedy(model, ids, max_new_tokens=10, **kwargs):
+    """The text, and the raw scores that it was read from [new tokens, batch, vocab]."""
+    kwargs |= {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(ids, **{**GREEDY, **kwargs})
+    return output.sequences, torch.stack(output.logits)
