@@ -1,6 +1,5 @@
 """A causal language model of Transformers, as it is, as the network of a block diffusion language model."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, P
 from transformers.utils import can_return_tuple
 
 from .configuration_causal_lm import BlockDiffusionConfig
-from .generation_block_diffusion import CACHE_NAMES, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
+from .generation_block_diffusion import CACHE_NAME, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
 from .loss_block_diffusion import token_nats
 from .network_block_diffusion import (
     BlockDiffusionLMMixin,
@@ -58,9 +57,8 @@ class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedMod
                 f"`position_ids` must be below {limit}, for the network has learned so many positions, but got "
                 f"{int(position_ids.max())}."
             )
-        taken = inspect.signature(self.base_model.forward).parameters
-        inputs[next(name for name in CACHE_NAMES if name in taken)] = cache
-        return self.base_model(use_cache=cache is not None, return_dict=True, **inputs)
+        inputs.update({CACHE_NAME: cache, "use_cache": cache is not None})
+        return self.base_model(return_dict=True, **inputs)
 
 
 class BlockDiffusionModel(BlockDiffusionPreTrainedModel):

