@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .data.tokenization import load_tokenizer, train_tokenizer
     from .evaluation.likelihood import evaluate_likelihood, load_for_evaluation
     from .evaluation.quality import generative_perplexity
+    from .hub.adaptation import adapt
     from .hub.conversion import convert_checkpoint
     from .hub.publishing import push_to_hub
     from .noise.sampler import NoiseSampler
@@ -71,6 +72,7 @@ __all__ = [
     "SAMPLERS",
     "Sampler",
     "TextInfillingPipeline",
+    "adapt",
     "convert_checkpoint",
     "evaluate_likelihood",
     "generative_perplexity",
@@ -94,6 +96,7 @@ _MODULES = {
     "BD3LMTrainer": "training.trainer",
     "BD3LMTrainingArguments": "training.arguments",
     "NoiseSampler": "noise.sampler",
+    "adapt": "hub.adaptation",
     "convert_checkpoint": "hub.conversion",
     "evaluate_likelihood": "evaluation.likelihood",
     "generative_perplexity": "evaluation.quality",

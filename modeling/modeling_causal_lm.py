@@ -142,7 +142,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         elif kwargs:
             raise ValueError(f"`kwargs` are for a model that is loaded, but got {sorted(kwargs)} with a model.")
-        text_config = model.config.get_text_config(decoder=True)
+        text_config, attention = model.config.get_text_config(decoder=True), model.config._attn_implementation
         fields = {"shift_logits": shift_logits, "clean_attention": clean_attention, "dtype": model.dtype}
         BlockDiffusionConfig(text_config=text_config, block_size=block_size, **fields)
         num_rows = model.get_input_embeddings().weight.shape[0]
@@ -154,8 +154,10 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
                 with torch.no_grad():
                     part.weight[num_rows:] = part.weight[:num_rows].float().mean(0).to(part.weight.dtype)
         fields.update(mask_token_id=mask_token_id, block_size=block_size)
+        # Where it lay is nothing to be published.
+        text_config._name_or_path = ""
         config = BlockDiffusionConfig(text_config=text_config, **fields)
-        config._attn_implementation = model.config._attn_implementation
+        config._attn_implementation = attention
         with torch.device("meta"):
             adapted = cls(config)
         adapted._take_modules(model)

@@ -15,6 +15,9 @@ except ImportError as error:
 
 HINT = '<div class="bd3lm"><div class="bd3lm-text"><span class="hint">Here the text will appear.</span></div></div>'
 
+# Of a network that declares no context.
+UNDECLARED_CONTEXT = 1024
+
 
 def make_page(pipeline: Any, name: str) -> gr.Blocks:
     """
@@ -25,11 +28,12 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
         name: of the model.
     """
     writer, config = Writer(pipeline), pipeline.model.config
+    context = config.max_position_embeddings or UNDECLARED_CONTEXT
     num_parameters = sum(parameter.numel() for parameter in pipeline.model.parameters())
     with gr.Blocks(title=f"{name}: block diffusion", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(
             f"<h1>{escape(name)}</h1>A block diffusion language model: {num_parameters / 1e6:.1f} million "
-            f"parameters, block size {config.block_size}, context {config.max_position_embeddings}. It writes block "
+            f"parameters, block size {config.block_size}, context {context}. It writes block "
             "by block, and reveals the masked tokens of a block in any order.",
             elem_classes="bd3lm-bare",
         )
@@ -38,7 +42,7 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
                 with gr.Tabs():
                     with gr.Tab("Continue"):
                         prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id="prompt")
-                        longest = max(config.max_position_embeddings, 2)
+                        longest = max(context, 2)
                         max_new_tokens = gr.Slider(
                             1, longest, min(64, longest), step=1, label="New tokens", elem_id="max_new_tokens"
                         )

@@ -54,12 +54,10 @@ def load_model(args: argparse.Namespace):
     import torch
 
     from ..data.tokenization import check_tokenizer, load_tokenizer
-    from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
+    from ..evaluation.networks import load_language_model
 
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    model = BD3LMForMaskedLM.from_pretrained(
-        args.model, dtype=args.dtype, **given(args, ["attn_implementation"])
-    ).eval()
+    model = load_language_model(args.model, dtype=args.dtype, **given(args, ["attn_implementation"])).eval()
     check_tokenizer(tokenizer, model.config)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return model.to(args.device or accelerator or "cpu"), tokenizer

@@ -336,6 +336,7 @@ def _load_or_train_tokenizer(data_args, model_args, checkpoint, splits):
 
 
 def _load_or_create_model(data_args, model_args, tokenizer, training_args):
+    from ..evaluation.networks import language_model_class
     from ..modeling.configuration_bd3lm import BD3LMConfig
     from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 
@@ -354,14 +355,19 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args):
             **attention,
         )
         return BD3LMForMaskedLM(config)
-    fixed = sorted(config_fields.keys() - set(ModelArguments.ADJUSTABLE))
+    model_class = language_model_class(model_args.model)
+    # An adapted network has fields of its own.
+    adjustable = [name for name in ModelArguments.ADJUSTABLE if hasattr(model_class.config_class, name)]
+    fixed = sorted(config_fields.keys() - set(adjustable))
     if fixed:
         raise ValueError(
             f"--{fixed[0]} cannot change what --model={model_args.model!r} was made with; with --model the "
-            f"configuration takes only {', '.join(ModelArguments.ADJUSTABLE)}"
+            f"configuration takes only {', '.join(adjustable)}"
         )
     block_size = config_fields.pop("block_size", None)
-    model = BD3LMForMaskedLM.from_pretrained(model_args.model, **config_fields, **attention)
+    # Small updates would be lost in weights of lower precision; below an adapter they stay as they are.
+    dtype = {"dtype": "float32"} if model_args.lora_rank is None else {}
+    model = model_class.from_pretrained(model_args.model, **config_fields, **attention, **dtype)
     if block_size not in (None, model.config.block_size):
         if training_args.process_index == 0:
             print(

@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 
 from ..data.collators import BD3LMDataCollator
 from ..data.tokenization import encode_documents
-from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.generation_config_block_diffusion import BD3LMGenerationConfig
 from .estimators import ESTIMATOR_NAMES, BlockDiffusionScorer, DrawnNoise, ExactNoise
 from .likelihood import EXACT_BY_DEFAULT, _score_share, _sum_over_processes, load_for_evaluation
 from .mode import evaluation_mode
+from .networks import is_block_diffusion
 from .windows import choose_window, cut_windows, most_predicted_in_a_block
 
 
@@ -110,7 +110,7 @@ class BD3LMHarness(TemplateLM):
         options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
         self.model, self.tokenizer = load_for_evaluation(str(pretrained), tokenizer, **options)
         config = self.config = self.model.config
-        if config.model_type != BD3LMConfig.model_type:
+        if not is_block_diffusion(config):
             raise ValueError(
                 f"`pretrained` must be a block diffusion model, but {pretrained!r} is a {config.model_type!r}; the "
                 "harness's `--model hf` evaluates it."

@@ -17,10 +17,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..data.collators import BD3LMDataCollator
 from ..data.tokenization import check_tokenizer, load_tokenizer
-from ..modeling.configuration_bd3lm import BD3LMConfig
-from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 from .estimators import ESTIMATOR_NAMES, BlockDiffusionScorer, CausalScorer, DrawnNoise, ExactNoise
 from .mode import evaluation_mode
+from .networks import LANGUAGE_MODELS, is_block_diffusion, load_language_model
 from .windows import Window, choose_window, cut_windows, most_predicted_in_a_block
 
 
@@ -152,7 +151,7 @@ def evaluate_likelihood(
     caller's random state and the model's mode are left as they were.
 
     Args:
-        model: A `BD3LMForMaskedLM`, or an autoregressive model of Transformers (`AutoModelForCausalLM`).
+        model: A block diffusion model, or an autoregressive one of Transformers (`AutoModelForCausalLM`).
         sequences: Token ids, one row per sequence, of any lengths.
         labels: What to predict at each token (not shifted), -100 for what is neither masked nor predicted; of the
             shapes of `sequences`. By default every token.
@@ -191,8 +190,8 @@ def evaluate_likelihood(
     if estimator is not None and estimator not in ESTIMATOR_NAMES:
         raise ValueError(f"`estimator` must be one of {', '.join(ESTIMATOR_NAMES)}, but got {estimator!r}.")
 
-    config = model.config.get_text_config()
     is_causal = _is_causal(model)
+    config = model.config.get_text_config() if is_causal else model.config
     block_size, ignore_bos = (1, True) if is_causal else (config.block_size, config.ignore_bos)
     context = getattr(config, "max_position_embeddings", None)
     window, stride = choose_window(context, block_size, window, stride)
@@ -299,21 +298,22 @@ def load_for_evaluation(
     options = {name: value for name, value in options.items() if value is not None}
     # The published checkpoints name types that Transformers doesn't know.
     model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
-    if model_type in CONFIG_MAPPING and model_type != BD3LMConfig.model_type:
+    if model_type in CONFIG_MAPPING and model_type not in LANGUAGE_MODELS:
         loaded = AutoModelForCausalLM.from_pretrained(model, **options)
     else:
-        loaded = BD3LMForMaskedLM.from_pretrained(model, **options)
+        loaded = load_language_model(model, **options)
         check_tokenizer(loaded_tokenizer, loaded.config)
     return loaded.eval().to(device or PartialState().device), loaded_tokenizer
 
 
 def _is_causal(model) -> bool:
-    """Whether a model is an autoregressive one, and not a BD3-LM (which remote code may have loaded)."""
-    if model.config.model_type == BD3LMConfig.model_type:
+    """Whether a model is an autoregressive one, and no block diffusion model (which remote code may have loaded)."""
+    if is_block_diffusion(model.config):
         return False
     if model.config.is_encoder_decoder or not _looks_back_only(model):
         raise ValueError(
-            "`model` must be a BD3LMForMaskedLM or an autoregressive model (AutoModelForCausalLM), but got a "
+            "`model` must be a BD3LMForMaskedLM or an adapted network (BlockDiffusionForMaskedLM), or an "
+            "autoregressive model (AutoModelForCausalLM), but got a "
             f"{type(model).__name__}, whose scores depend on other tokens than those before."
         )
     return True

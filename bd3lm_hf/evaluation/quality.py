@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .estimate import Estimate
 from .mode import evaluation_mode
+from .networks import is_block_diffusion
 from .windows import Window, choose_window, cut_windows
 
 
@@ -174,7 +175,7 @@ def _check_causal(judge: PreTrainedModel) -> None:
     first, second = logits[:, :-1].float()
     # Two rows of a batch may be rounded differently, if at all.
     rounding = 64 * torch.finfo(logits.dtype).eps * first.abs().max()
-    if judge.config.model_type == "bd3lm" or (first - second).abs().max() > rounding:
+    if is_block_diffusion(judge.config) or (first - second).abs().max() > rounding:
         raise ValueError(
             f"judge must be an autoregressive model, but a {type(judge).__name__} sees the tokens that it predicts"
         )

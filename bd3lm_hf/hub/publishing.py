@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
-from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..evaluation.networks import LANGUAGE_MODELS
 from .model_card import create_model_card
 from .training_summary import ADAPTER_CONFIG_FILE, EMA_FILE, STATED, SUMMARY_FILE, TrainingSummary
 
@@ -42,7 +42,7 @@ NOT_PUBLISHED = (
     EMA_FILE,
 )
 # The code of the model, which travels with it.
-MODEL_CODE = ("*_bd3lm.py", "*_block_diffusion.py")
+MODEL_CODE = ("*_bd3lm.py", "*_block_diffusion.py", "*_causal_lm.py")
 # What would be read along with the published files, or in their place, if an earlier commit left it there.
 SUPERSEDED = (
     CONFIG_NAME,
@@ -96,10 +96,11 @@ def _check_config(folder: Path, files: Mapping[str, Path]) -> None:
     if CONFIG_NAME not in files:
         raise ValueError(f"`checkpoint` ({folder}) holds neither {CONFIG_NAME} nor {ADAPTER_CONFIG_FILE}.")
     config = json.loads(files[CONFIG_NAME].read_text(encoding="utf-8"))
-    if config.get("model_type") != BD3LMConfig.model_type:
+    if config.get("model_type") not in LANGUAGE_MODELS:
         raise ValueError(
-            f"`checkpoint` ({folder}) must hold a model of the type {BD3LMConfig.model_type!r}, but its type is "
-            f"{config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint."
+            f"`checkpoint` ({folder}) must hold a model of the type {' or '.join(map(repr, LANGUAGE_MODELS))}, but "
+            f"its type is {config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint, and `bd3lm "
+            "adapt` adapts a causal language model."
         )
     sources = {f"{name.split('.')[0]}.py" for name in config.get("auto_map", {}).values()}
     missing = sorted(sources - set(files)) if sources else ["auto_map"]

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..evaluation.networks import fact_of_network, language_model_class, stock_config
 from ..noise.intervals import chosen_noise_intervals
 
 
@@ -69,6 +70,8 @@ CONFIG_FACTS = (
     "time_conditioning",
     "bos_token_id",
 )
+# Of an autoregressive network that was adapted: where it came from, and how it is read.
+ADAPTED_FACTS = ("adapted_from", "shift_logits", "clean_attention", "mask_token_id")
 ADAPTER_FACTS = ("peft_type", "r", "lora_alpha", "use_dora")
 
 
@@ -181,7 +184,9 @@ class TrainingSummary:
             )
         generation = folder / GENERATION_CONFIG_NAME
         sampler = json.loads(generation.read_text(encoding="utf-8")).get("sampler") if generation.is_file() else None
-        facts = _config_facts(BD3LMConfig.from_pretrained(folder)) if (folder / CONFIG_NAME).is_file() else {}
+        config = folder / CONFIG_NAME
+        config = language_model_class(folder).config_class.from_pretrained(folder) if config.is_file() else None
+        facts = {} if config is None else _config_facts(config)
         return cls(
             model={**facts, "num_parameters": _num_parameters(folder), "sampler": sampler},
             has_tokenizer=has_tokenizer,
@@ -265,8 +270,12 @@ def datasets_of_the_hub(dataset: Any) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _config_facts(config: BD3LMConfig) -> dict[str, Any]:
-    facts = {name: getattr(config, name) for name in CONFIG_FACTS}
+def _config_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    facts = {name: fact_of_network(config, name) for name in CONFIG_FACTS}
+    network = stock_config(config)
+    if network is not None:
+        facts |= {name: getattr(config, name, None) for name in ADAPTED_FACTS}
+        facts["network"] = network.model_type
     return {**facts, "noise_interval": list(config.noise_interval)}
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
-from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..evaluation.networks import fact_of_network, stock_config
 
 
 logger = logging.get_logger(__name__)
@@ -31,6 +32,7 @@ ARCHITECTURE_FIELDS = (
     "time_conditioning",
     "tie_word_embeddings",
     "mask_token_id",
+    "shift_logits",
 )
 
 
@@ -98,7 +100,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str:
     raise ValueError(f"`resume_from_checkpoint` is True, but there is no whole checkpoint in {output_dir}.")
 
 
-def check_architecture(folder: str | Path, config: BD3LMConfig) -> None:
+def check_architecture(folder: str | Path, config: PreTrainedConfig) -> None:
     """
     Raises:
         ValueError: the checkpoint in `folder` was written by a model of another architecture than `config` describes.
@@ -108,11 +110,15 @@ def check_architecture(folder: str | Path, config: BD3LMConfig) -> None:
     if not path.is_file():
         return
     saved = json.loads(path.read_text(encoding="utf-8"))
+    network = saved.get("text_config") or {}
+    saved = {**network, **saved}
     differences = [
-        f"{name} {saved[name]} there, {getattr(config, name)} here"
+        f"{name} {saved[name]} there, {fact_of_network(config, name)} here"
         for name in ARCHITECTURE_FIELDS
-        if name in saved and saved[name] != getattr(config, name)
+        if name in saved and saved[name] != fact_of_network(config, name)
     ]
+    if network.get("model_type") != getattr(stock_config(config), "model_type", None):
+        differences.insert(0, f"a network of the type {network.get('model_type')!r} there")
     if saved.get("model_type") != config.model_type:
         differences = [f"model_type {saved.get('model_type')!r} there, {config.model_type!r} here"]
     if differences:

@@ -3,9 +3,9 @@
 from itertools import islice
 
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
-from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..evaluation.networks import dropout_of
 
 
 # Rows that are looked at; the collator checks each one when its turn comes.
@@ -57,15 +57,16 @@ def check_eval_dataset(name: str, dataset, args: TrainingArguments) -> None:
         )
 
 
-def check_fsdp_plugin(plugin: FullyShardedDataParallelPlugin, config: BD3LMConfig) -> None:
+def check_fsdp_plugin(plugin: FullyShardedDataParallelPlugin, config: PreTrainedConfig) -> None:
     """
     Raises:
         ValueError: FSDP's own activation checkpointing computes a layer again under other dropout masks than the first
             time, whose gradients are of no loss at all.
     """
-    if plugin.activation_checkpointing and config.hidden_dropout > 0:
+    dropout = dropout_of(config)
+    if plugin.activation_checkpointing and dropout > 0:
         raise ValueError(
             "`fsdp_activation_checkpointing` does not keep the random state that dropout needs, so `hidden_dropout` "
-            f"must be 0, but is {config.hidden_dropout}; set `gradient_checkpointing=True` in the training arguments "
+            f"must be 0, but is {dropout}; set `gradient_checkpointing=True` in the training arguments "
             "in its place."
         )

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..data.collators import BD3LMDataCollator
 from ..data.tokenization import token_byte_counts
 from ..evaluation.block_losses import BlockLosses, block_statistics, predicted_blocks
+from ..evaluation.networks import is_block_diffusion
 from ..hub.training_summary import SUMMARY_FILE
-from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 from ..modeling.two_stream_block_diffusion import TextBlocks
 from ..noise.sampler import Noise, NoiseSampler
@@ -50,7 +50,8 @@ class BD3LMTrainer(PublishingMixin, Trainer):
     interval in force. The noise of evaluation depends on `args.seed` alone.
 
     Args:
-        model: A `BD3LMForMaskedLM`, or a `PeftModel` around one.
+        model: A block diffusion language model of any network (`BD3LMForMaskedLM`, `BlockDiffusionForMaskedLM`), or a
+            `PeftModel` around one.
         args: [`BD3LMTrainingArguments`].
         data_collator: Makes batches of `input_ids` and, optionally, `labels`, `attention_mask`, `position_ids` and
             `document_ids`. By default a [`BD3LMDataCollator`].
@@ -113,7 +114,7 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         self._token_bytes = None if self.processing_class is None else token_byte_counts(self.processing_class)
 
     @property
-    def config(self) -> BD3LMConfig:
+    def config(self) -> PreTrainedConfig:
         """The model's configuration, whatever is wrapped around the model."""
         return self.accelerator.unwrap_model(self.model).config
 
@@ -129,19 +130,20 @@ class BD3LMTrainer(PublishingMixin, Trainer):
 
     def _check_and_configure(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
-        if getattr(config, "model_type", None) != BD3LMConfig.model_type:
+        if not is_block_diffusion(config):
             raise ValueError(
-                f"`model` must be a BD3LMForMaskedLM or a PeftModel around one, but got {type(model).__name__}."
+                "`model` must be a BD3LMForMaskedLM or a PeftModel around one, or the same of a "
+                f"BlockDiffusionForMaskedLM, but got {type(model).__name__}."
             )
         self._configure(config, self.args)
 
     @staticmethod
-    def _configure(config: BD3LMConfig, args: BD3LMTrainingArguments) -> None:
+    def _configure(config: PreTrainedConfig, args: BD3LMTrainingArguments) -> None:
         for name in ("noise_schedule", "noise_interval"):
             if getattr(args, name) is not None:
                 setattr(config, name, getattr(args, name))
         for block_size in (args.block_size_schedule or {}).values():
-            if block_size > config.max_position_embeddings:
+            if block_size > (config.max_position_embeddings or block_size):
                 raise ValueError(
                     "`block_size_schedule` takes block sizes up to the model's `max_position_embeddings` "
                     f"({config.max_position_embeddings}), but got {block_size}."
