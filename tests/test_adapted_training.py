@@ -1,4 +1,4 @@
-"""The loss of adapted networks and its gradients: those of dense passes over one block at a time by the stock class."""
+"""The loss of adapted networks and its gradients: those of dense passes by the stock class, a block at a time."""
 
 import pytest
 import torch
