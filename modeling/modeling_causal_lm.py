@@ -16,7 +16,7 @@ from .network_block_diffusion import (
     check_one_input,
     prepare_denoising,
 )
-from .outputs_block_diffusion import NetworkOutput, accepts_past_key_values
+from .outputs_block_diffusion import BlockDiffusionOutput, NetworkOutput, accepts_past_key_values
 from .two_stream_block_diffusion import tokens_where
 
 
@@ -175,6 +175,35 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         """Logits as the stock model gives them: Gemma's are bounded."""
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _denoising_loss(
+        self, x_0, labels, blocks, noise, num_items_in_batch, autoregressive_loss_weight: float = 0.0, **kwargs: Any
+    ) -> BlockDiffusionOutput:
+        """The loss of block diffusion, and so much of that of the next token, as the clean stream scores it."""
+        if not autoregressive_loss_weight:
+            return super()._denoising_loss(x_0, labels, blocks, noise, num_items_in_batch, **kwargs)
+        if self.config.clean_attention != "causal":
+            raise ValueError(
+                "`autoregressive_loss_weight` takes a `clean_attention` of 'causal', but got "
+                f"{autoregressive_loss_weight} with {self.config.clean_attention!r}."
+            )
+        if num_items_in_batch is None:
+            num_items_in_batch = blocks.predicted.sum().clamp(min=1)
+        clean_states: list[Tensor] = []
+        kwargs["clean_states"] = clean_states
+        outputs = super()._denoising_loss(x_0, labels, blocks, noise, num_items_in_batch, **kwargs)
+        follows = blocks.predicted[:, 1:] & (blocks.position_ids.diff(dim=-1) == 1)
+        nats = self.token_nats(tokens_where(follows, clean_states[0][:, :-1]), labels[:, 1:], follows)
+        outputs.loss = outputs.loss + autoregressive_loss_weight * nats.sum() / num_items_in_batch
+        return outputs
+
+    def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, clean_states=None, **kwargs: Any):
+        # For their next tokens all clean ones are read.
+        masked = masked if clean_states is None else None
+        streams, outputs = super()._two_stream_pass(x_t, x_0, blocks, timesteps, masked, **kwargs)
+        if clean_states is not None:
+            clean_states.append(outputs.last_hidden_state[:, streams.num_noisy :])
+        return streams, outputs
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         return self._capped(super()._logits(hidden_states))

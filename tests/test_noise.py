@@ -23,6 +23,9 @@ WAYS = {
     "bernoulli, 2 copies": NoiseSampler(num_copies=2),
     "exact count, 3 copies": NoiseSampler(masking="exact_count", num_copies=3),
     "complementary": NoiseSampler(num_copies=2, complementary=True),
+    "bernoulli, t of a row": NoiseSampler(noise_level_per="row"),
+    "exact count, t of a document": NoiseSampler(masking="exact_count", noise_level_per="document"),
+    "complementary, t of a row": NoiseSampler(num_copies=2, complementary=True, noise_level_per="row"),
 }
 way = pytest.mark.parametrize("sampler", WAYS.values(), ids=WAYS)
 
@@ -151,6 +154,16 @@ class TestMeanLoss:
         assert STANDARD_ERRORS * error < 0.1 * expected
 
     @pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
+    @pytest.mark.parametrize("noise_level_per", ["block", "row"])
+    def test_with_uniform_weights_is_that_of_the_masked_tokens(self, masking, noise_level_per, token_losses):
+        sampler = NoiseSampler(masking=masking, noise_level_per=noise_level_per, loss_weight="uniform")
+        mean, error = self.mean_and_error(sampler, token_losses, (0.2, 0.9), None, noise_schedule="cosine")
+        expected = self.exact_mean(
+            token_losses, "cosine", (0.2, 0.9), lambda t: 1 / reference.SCHEDULES["cosine"](t)[1]
+        )
+        assert abs(mean - expected) < STANDARD_ERRORS * error < 0.1 * expected
+
+    @pytest.mark.parametrize("masking", ["bernoulli", "exact_count"])
     @pytest.mark.parametrize("num_copies", [1, 2])
     def test_of_a_model_that_reads_t_is_the_mean_over_t(self, masking, num_copies, token_losses):
         def of_t(t):
@@ -205,6 +218,19 @@ class TestStrata:
         noise = draw(NoiseSampler(num_copies=2, complementary=True), self.x_0, (0.0, 1.0))
         counts = masks(noise, self.x_0)[:, 0].unflatten(-1, (4, 4)).sum(-1)
         assert counts.flatten().bincount().tolist() == [4, 4, 4, 4, 4]
+
+    def test_what_shares_a_t_meets_each_once(self):
+        t = draw(NoiseSampler(noise_level_per="row", num_copies=2), self.x_0, (0.3, 0.8)).t
+        assert torch.equal(t, t[..., :1].expand_as(t))
+        assert self.strata(t[..., 0], (0.3, 0.8)).tolist() == list(range(10))
+        # Two documents in each row, of 7 and of 9 tokens: blocks of 4, 3, 4, 4 and 1.
+        position_ids = torch.cat([torch.arange(7), torch.arange(9)]).expand(5, -1)
+        config = tiny_config(ignore_bos=False)
+        blocks = TextBlocks.of_batch(config, self.x_0, self.x_0, position_ids=position_ids)
+        sampler = NoiseSampler(noise_level_per="document")
+        t = sampler.draw(config, (0.3, 0.8), self.x_0, blocks, range(5), 5, (0,)).t[:, 0]
+        assert torch.equal(t, t[:, [0, 0, 2, 2, 2]]) and (t[:, 0] != t[:, 2]).all()
+        assert self.strata(t[:, [0, 2]], (0.3, 0.8)).tolist() == list(range(10))
 
     def test_every_block_can_get_every_stratum(self):
         first = [draw(NoiseSampler(), self.x_0, (0.0, 1.0), seed=(seed,)).t[0, 0, 0].item() for seed in range(300)]
@@ -308,6 +334,8 @@ class TestErrors:
         "sampler, overrides, message",
         [
             (NoiseSampler(masking="exact"), {}, "`masking` must be one of bernoulli, exact_count, but got 'exact'"),
+            (NoiseSampler(noise_level_per="token"), {}, "`noise_level_per` must be one of block, row, document, but"),
+            (NoiseSampler(loss_weight="none"), {}, "`loss_weight` must be one of nelbo, uniform, but got 'none'"),
             (NoiseSampler(num_copies=0), {}, "`num_noise_samples` must be at least 1, but got 0"),
             (NoiseSampler(complementary=True), {}, "`complementary_masks` takes `num_noise_samples` = 2.*got 1"),
             (NoiseSampler(num_copies=3, complementary=True), {}, "`complementary_masks` takes.*got 3"),

@@ -61,10 +61,11 @@ def create_model_card(summary: TrainingSummary, repo_id: str) -> ModelCard:
     evaluated = [evaluation["dataset"] for evaluation in summary.final_evaluations if evaluation["dataset"]]
     dataset_ids = [item["id"] for item in [*summary.train_datasets, *evaluated]]
     dataset_ids += [item for item in named_datasets if re.fullmatch(r"[\w.-]+/[\w.-]+", item)]
+    base_model = summary.base_model or (None if summary.adapter else model.get("adapted_from"))
     results = [result for item in summary.final_evaluations for result in _eval_results(item, summary)]
     data = ModelCardData(
-        base_model=summary.base_model,
-        base_model_relation=("adapter" if summary.adapter else "finetune") if summary.base_model else None,
+        base_model=base_model,
+        base_model_relation=("adapter" if summary.adapter else "finetune") if base_model else None,
         datasets=list(dict.fromkeys(dataset_ids)) or None,
         eval_results=results or None,
         language=stated.get("language"),

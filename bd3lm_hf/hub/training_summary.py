@@ -52,6 +52,11 @@ CARD_ARGUMENTS = (
     "masking",
     "num_noise_samples",
     "complementary_masks",
+    "noise_level_per",
+    "loss_weight",
+    "autoregressive_loss_weight",
+    "clean_attention",
+    "mask_token_learning_rate",
     "block_size_schedule",
     "ema_decay",
     "export_ema",
@@ -89,7 +94,8 @@ class TrainingSummary:
         has_tokenizer: Whether a tokenizer lies beside the weights.
         noise_interval: `chosen_by` ("search", "fixed" or "default"); after a search also the `step` of the last one,
             its `nelbo_variance` and the `nelbo_variance_of_full_interval`, in (nats per token)^2.
-        training: Steps, epochs, seconds, mean loss (nats per token), sequences; empty if there was no training.
+        training: Steps, epochs, tokens that were predicted, seconds, mean loss (nats per token), sequences; empty if
+            there was no training.
         weights_step: Step of training that the saved weights are those of.
         averaged: Whether they are the moving average.
         evaluations: In their order: `name` of the data, `weights_step` and `averaged` of the weights that were
@@ -326,6 +332,7 @@ def _training_facts(trainer) -> dict[str, Any]:
     return {
         "num_steps": state.global_step,
         "num_epochs": state.epoch,
+        "num_tokens": int(state.num_input_tokens_seen) or None,
         "seconds": end.get("train_runtime"),
         "train_loss": end.get("train_loss"),
         "num_sequences": len(dataset) if hasattr(dataset, "__len__") else None,
@@ -334,10 +341,11 @@ def _training_facts(trainer) -> dict[str, Any]:
 
 def _evaluations(trainer, weights_step: int) -> list[dict[str, Any]]:
     """
-    The evaluations in the log. While training they are of the moving average, if there is one; afterwards of what the
-    model has then.
+    The evaluations in the log, and before training. While training they are of the moving average, if there is one;
+    afterwards of what the model has then.
     """
-    args, history, config = trainer.args, trainer.state.log_history, trainer.config
+    args, config, state = trainer.args, trainer.config, trainer.state
+    history = [*(trainer.history_before if state.global_step else []), *state.log_history]
     ends = [index for index, entry in enumerate(history) if "train_runtime" in entry]
     end = ends[-1] if ends and not trainer.is_in_train else len(history)
     has_average = bool(args.ema_decay)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.diffusion_block_diffusion import NOISE_SCHEDULES, sigma_from_mask_probability
@@ -17,6 +18,8 @@ from .counts import binomial_probabilities, masked_count_law
 
 
 MASKING_NAMES = ("bernoulli", "exact_count")
+NOISE_LEVEL_NAMES = ("block", "row", "document")
+LOSS_WEIGHT_NAMES = ("nelbo", "uniform")
 
 
 @dataclass
@@ -58,12 +61,19 @@ class NoiseSampler:
         complementary: of two copies, the second masks what the first leaves, so that each token is predicted once.
             Both are weighted by how often either comes to their number of masked tokens (the balance heuristic), which
             keeps the mean for any interval.
+        noise_level_per: what shares a t: each block has its own (BD3-LM), or all blocks of a "row" (dLLM's A2D), or
+            of a "document" (SDAR, arXiv 2510.06303). The mean of the loss is the same.
+        loss_weight: "nelbo" weighs a block by w(t), so that the mean is the bound. "uniform" gives each masked token
+            the weight 1: the mean of their cross-entropy (Fast-dLLM v2, arXiv 2509.26328, with complementary copies,
+            where each token is predicted once).
     """
 
     antithetic: bool = True
     masking: str = "bernoulli"
     num_copies: int = 1
     complementary: bool = False
+    noise_level_per: str = "block"
+    loss_weight: str = "nelbo"
 
     def draw(
         self,
@@ -88,26 +98,35 @@ class NoiseSampler:
         self.validate(config)
         strata = np.random.default_rng(np.random.SeedSequence(seed)).permutation(num_rows)
         block, predicted = blocks.block.cpu().numpy(), blocks.predicted.cpu().numpy()
+        document = self._level_ids(blocks).cpu().numpy()
         masked = np.zeros((len(block), self.num_copies, block.shape[1]), dtype=bool)
         weights = np.zeros(masked.shape, dtype=np.float32)
         t = np.full((*masked.shape[:2], int(block.max()) + 1), np.nan, dtype=np.float32)
         for index, row in enumerate(rows):
-            text = _RowText(config, noise_interval, block[index], predicted[index])
+            text = _RowText(config, noise_interval, block[index], predicted[index], document[index], self.loss_weight)
             # A seed with zeros behind it is the same seed, so the row is no part of it.
             rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(row,)))
             mask = self._way_to_mask(config, text)
-            for copy, levels in enumerate(
-                self._levels(text.num_blocks, strata[row % num_rows] / num_rows, num_rows, rng)
-            ):
+            levels_of_copies = self._levels(text.num_levels, strata[row % num_rows] / num_rows, num_rows, rng)
+            for copy, levels in enumerate(levels_of_copies[:, text.level]):
                 masked[index, copy], weights[index, copy], t[index, copy, text.blocks] = mask(levels, rng)
             if self.complementary:
                 masked[index, 1] = predicted[index] & ~masked[index, 0]
                 weights[index] = [text.complementary_weights(part) for part in masked[index]]
         return self._on_device(config, x_0, blocks, masked, weights, t)
 
+    def _level_ids(self, blocks: TextBlocks) -> torch.Tensor:
+        """The number, within its row, of what shares a level with each token [batch, length]."""
+        if self.noise_level_per == "block":
+            return blocks.block
+        if self.noise_level_per == "row":
+            return torch.zeros_like(blocks.block)
+        starts = nn.functional.pad(blocks.position_ids.diff(dim=-1) != 1, (1, 0))
+        return starts.long().cumsum(-1).expand(blocks.block.shape)
+
     def _levels(self, num_blocks: int, start: float, num_rows: int, rng: np.random.Generator) -> np.ndarray:
         """
-        A level in [0, 1) for each copy of each block of a row, [copies, blocks].
+        A level in [0, 1) for each copy of each block of a row, or of what shares one, [copies, blocks].
 
         Stratified, the copies of a block share out [0, 1) in equal parts, the blocks of a row share out each part, and
         of that share the row gets the stratum at `start`, a multiple of 1 / `num_rows`.
@@ -121,22 +140,26 @@ class NoiseSampler:
         return (part + levels) / num_copies
 
     def _way_to_mask(self, config: BD3LMConfig, text: "_RowText"):
+        # To share a t, blocks must draw it, and not the number of their masked tokens.
+        has_own_t = self.noise_level_per == "block"
         if self.complementary:
-            return text.any_count
+            return text.any_count if has_own_t else text.bernoulli
         if self.masking == "bernoulli":
             return text.bernoulli
-        return text.exact_count_given_t if config.time_conditioning else text.exact_count
+        return text.exact_count if has_own_t and not config.time_conditioning else text.exact_count_given_t
 
     def validate(self, config: BD3LMConfig) -> None:
         """
         Whether a model of this `config` can be trained under this noise.
 
         Raises:
-            ValueError: an unknown `masking`, no copy, complementary masks of other than two copies or for a model that
-                reads t.
+            ValueError: an unknown `masking`, `noise_level_per` or `loss_weight`, no copy, complementary masks of other
+                than two copies or for a model that reads t.
         """
-        if self.masking not in MASKING_NAMES:
-            raise ValueError(f"`masking` must be one of {', '.join(MASKING_NAMES)}, but got {self.masking!r}.")
+        choices = {"masking": MASKING_NAMES, "noise_level_per": NOISE_LEVEL_NAMES, "loss_weight": LOSS_WEIGHT_NAMES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, but got {getattr(self, name)!r}.")
         if self.num_copies < 1:
             raise ValueError(f"`num_noise_samples` must be at least 1, but got {self.num_copies}.")
         if not self.complementary:
@@ -176,19 +199,23 @@ class _RowText:
     returns (masked [length], loss weights [length], t [blocks]).
     """
 
-    def __init__(self, config: BD3LMConfig, noise_interval, block: np.ndarray, predicted: np.ndarray):
+    def __init__(self, config, noise_interval, block, predicted, level_ids, loss_weight: str):
         self.schedule_name, self.noise_interval = config.noise_schedule, tuple(noise_interval)
+        self.is_uniform = loss_weight == "uniform"
         self.schedule = NOISE_SCHEDULES[config.noise_schedule]
         self.predicted = predicted
         # Of each predicted token the number of its block among those of `blocks`, and how many each holds.
-        self.blocks, self.block, self.num_maskable = np.unique(
-            block[predicted], return_inverse=True, return_counts=True
+        self.blocks, first, self.block, self.num_maskable = np.unique(
+            block[predicted], return_index=True, return_inverse=True, return_counts=True
         )
         self.num_blocks = len(self.blocks)
+        # Of each of these blocks the number of its level.
+        levels, self.level = np.unique(level_ids[predicted][first], return_inverse=True)
+        self.num_levels = len(levels)
 
     def bernoulli(self, levels, rng):
         t = self._times(levels)
-        mask_probability, loss_weight = self.schedule.mask_probability(t), self.schedule.loss_weight(t)
+        mask_probability, loss_weight = self.schedule.mask_probability(t), self._loss_weight(t)
         masked = rng.random(len(self.block)) < mask_probability.numpy()[self.block]
         return self._in_row(masked), self._in_row(loss_weight.numpy()[self.block]), t.numpy()
 
@@ -196,12 +223,12 @@ class _RowText:
         count, weight = np.zeros(self.num_blocks, dtype=int), np.zeros(self.num_blocks)
         for chosen, law in self._laws():
             count[chosen] = _quantile(law.positive_probability, levels[chosen])
-            weight[chosen] = law.exact_count_weight[count[chosen]]
+            weight[chosen] = 1 - law.probability[0] if self.is_uniform else law.exact_count_weight[count[chosen]]
         return self._random_tokens(count, rng), self._in_row(weight[self.block]), np.nan
 
     def exact_count_given_t(self, levels, rng):
         t = self._times(levels)
-        mask_probability, loss_weight = self.schedule.mask_probability(t), self.schedule.loss_weight(t)
+        mask_probability, loss_weight = self.schedule.mask_probability(t), self._loss_weight(t)
         quantiles = rng.random(self.num_blocks)
         count, weight = np.zeros(self.num_blocks, dtype=int), np.zeros(self.num_blocks)
         for num_tokens in np.unique(self.num_maskable):
@@ -221,11 +248,16 @@ class _RowText:
 
     def complementary_weights(self, masked: np.ndarray) -> np.ndarray:
         """The weight of each token in a copy with these masks, [length]."""
+        if self.is_uniform:
+            return self._in_row(np.ones(len(self.block)))
         count = np.bincount(self.block, weights=masked[self.predicted], minlength=self.num_blocks).astype(int)
         weight = np.zeros(self.num_blocks)
         for chosen, law in self._laws():
             weight[chosen] = law.complementary_weight[count[chosen]]
         return self._in_row(weight[self.block])
+
+    def _loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(t) if self.is_uniform else self.schedule.loss_weight(t)
 
     def _times(self, levels: np.ndarray) -> torch.Tensor:
         beta, omega = self.noise_interval

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..modeling.configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
-from ..noise.sampler import MASKING_NAMES
+from ..noise.sampler import LOSS_WEIGHT_NAMES, MASKING_NAMES, NOISE_LEVEL_NAMES
 
 
 @dataclass
@@ -26,9 +26,21 @@ class BD3LMTrainingArguments(TrainingArguments):
         masking: "bernoulli" masks each token of a block with probability p(t); "exact_count" draws the number of
             masked tokens, at least one, stratified: the same mean of the loss.
         num_noise_samples: Noised copies of each sequence, which share one clean stream.
-        complementary_masks: With two copies, the second masks what the first does not: each token is predicted once.
+        complementary_masks: With two copies, the second masks what the first does not: each token is predicted once
+            (Fast-dLLM v2, arXiv 2509.26328).
+        noise_level_per: What shares a t: "block" (BD3-LM), "row" (dLLM's A2D) or "document" (SDAR, arXiv 2510.06303).
+        loss_weight: "nelbo" weighs masked tokens by w(t), for the bound on the likelihood (BD3-LM, SDAR, A2D).
+            "uniform" weighs each by 1 (Fast-dLLM v2); the noise interval, which is chosen for the bound, is kept then.
+            What evaluation reports is the bound, whichever is trained.
+        autoregressive_loss_weight: Times this much of -log p of the next token, which the clean stream scores, is
+            added to the loss (TiDAR, arXiv 2511.08923). Needs a network with `clean_attention` "causal".
+        clean_attention: Train with this in place of the model's: "block" (BD3-LM, SDAR, Fast-dLLM v2), or "causal"
+            (TiDAR), which keeps the autoregressive model that the network came from beside the diffusion model.
+        mask_token_learning_rate: Learning rate of the mask token's embedding, which a new token has to learn from
+            nothing, in place of `learning_rate`; it follows the same schedule. Ours.
         block_size_schedule: Block sizes from given steps on, as "STEP:SIZE" strings or a dict: 0:1024 5000:16 trains
-            at block size 1024 first and at 16 after 5000 steps.
+            at block size 1024 first and at 16 after 5000 steps; 0:1 500:2 1000:4 leads an autoregressive model to
+            larger blocks (LLaDA2.0, arXiv 2512.15745). The optimizer goes on.
         ema_decay: Decay of the moving average of the weights, in [0, 1); 0 turns it off. Evaluation takes the average.
             It is saved with each checkpoint.
         export_ema: Leave the model with the averaged weights at the end of training, and save them by `save_model`.
@@ -64,10 +76,45 @@ class BD3LMTrainingArguments(TrainingArguments):
         default=1, metadata={"help": "Noised copies of each sequence, which share one clean stream."}
     )
     complementary_masks: bool = field(
-        default=False, metadata={"help": "Of two copies, the second masks what the first does not."}
+        default=False, metadata={"help": "Of two copies, the second masks what the first does not (Fast-dLLM v2)."}
+    )
+    noise_level_per: str = field(
+        default="block",
+        metadata={
+            "help": "What shares a noise level: each block has its own (BD3-LM), a row (dLLM's A2D) or a document "
+            "(SDAR).",
+            "choices": NOISE_LEVEL_NAMES,
+        },
+    )
+    loss_weight: str = field(
+        default="nelbo",
+        metadata={
+            "help": "Weigh masked tokens as the bound on the likelihood does (nelbo: BD3-LM, SDAR, A2D) or all alike "
+            "(uniform: Fast-dLLM v2). The likelihood that is reported is the bound.",
+            "choices": LOSS_WEIGHT_NAMES,
+        },
+    )
+    autoregressive_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Add so much of the next-token loss of the clean stream (TiDAR); needs clean_attention causal."
+        },
+    )
+    clean_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a clean token sees: its block (BD3-LM, SDAR, Fast-dLLM v2), or what comes before it "
+            "(causal: TiDAR). (default: the model's)",
+            "choices": ["block", "causal"],
+        },
+    )
+    mask_token_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the mask token's embedding. (default: that of all others)"},
     )
     block_size_schedule: list[str] | None = field(
-        default=None, metadata={"help": "Block sizes from given steps on, e.g. 0:1024 5000:16."}
+        default=None,
+        metadata={"help": "Block sizes from given steps on, e.g. 0:1024 5000:16 or, as LLaDA2.0, 0:1 500:4."},
     )
     ema_decay: float = field(default=0.9999, metadata={"help": "Decay of the weights' moving average; 0: none."})
     export_ema: bool = field(default=True, metadata={"help": "Leave the model with the averaged weights at the end."})
@@ -88,6 +135,16 @@ class BD3LMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`noise_interval_search_every` must be at least 1, but got {self.noise_interval_search_every}."
             )
+        if self.autoregressive_loss_weight < 0:
+            raise ValueError(
+                f"`autoregressive_loss_weight` must be at least 0, but got {self.autoregressive_loss_weight}."
+            )
+        rate = self.mask_token_learning_rate
+        if rate is not None and (rate < 0 or self.learning_rate <= 0):
+            raise ValueError(
+                f"`mask_token_learning_rate` must be at least 0, and `learning_rate` above, but got {rate} and "
+                f"{self.learning_rate}."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), but got {self.ema_decay}.")
         if self.label_smoothing_factor:
@@ -103,6 +160,11 @@ class BD3LMTrainingArguments(TrainingArguments):
                     f"{getattr(self, name)}."
                 )
         self.block_size_schedule = _read_block_size_schedule(self.block_size_schedule)
+
+    @property
+    def searches_noise_interval(self) -> bool:
+        """Whether evaluations during training choose the noise interval: the one that suits the bound."""
+        return not self.fix_noise_interval and self.loss_weight == "nelbo"
 
 
 def _read_block_size_schedule(schedule: dict[int, int] | list[str] | None) -> dict[int, int] | None:

@@ -17,13 +17,13 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from ..data.collators import BD3LMDataCollator
 from ..data.tokenization import token_byte_counts
 from ..evaluation.block_losses import BlockLosses, block_statistics, predicted_blocks
-from ..evaluation.networks import is_block_diffusion
-from ..hub.training_summary import SUMMARY_FILE
+from ..evaluation.networks import is_block_diffusion, stock_config
+from ..hub.training_summary import SUMMARY_FILE, TrainingSummary
 from ..modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 from ..modeling.two_stream_block_diffusion import TextBlocks
 from ..noise.sampler import Noise, NoiseSampler
 from .arguments import BD3LMTrainingArguments
-from .callbacks import BlockSizeCallback, EMACallback, NoiseIntervalCallback
+from .callbacks import BlockSizeCallback, EMACallback, MaskTokenCallback, NoiseIntervalCallback
 from .checkpoints import check_architecture, check_complete, last_complete_checkpoint, mark_incomplete, own_class
 from .checks import check_dataset, check_eval_dataset, check_fsdp_plugin
 from .publishing import PublishingMixin
@@ -78,7 +78,12 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         if model is not None:
             self._check_and_configure(model)
         self.noise_sampler = NoiseSampler(
-            args.antithetic_sampling, args.masking, args.num_noise_samples, args.complementary_masks
+            args.antithetic_sampling,
+            args.masking,
+            args.num_noise_samples,
+            args.complementary_masks,
+            args.noise_level_per,
+            args.loss_weight,
         )
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         self._configure(self.config, args)
@@ -102,15 +107,19 @@ class BD3LMTrainer(PublishingMixin, Trainer):
 
         self.ema_callback = EMACallback(args.ema_decay, args.export_ema) if args.ema_decay else None
         callbacks = [
+            # Before the average of the weights is taken.
+            None if args.mask_token_learning_rate is None else MaskTokenCallback(self.config.mask_token_id),
             self.ema_callback,
-            None if args.fix_noise_interval else NoiseIntervalCallback(),
+            NoiseIntervalCallback() if args.searches_noise_interval else None,
             BlockSizeCallback(args.block_size_schedule) if args.block_size_schedule else None,
         ]
         for callback in filter(None, callbacks):
             self.add_callback(callback)
+        # What was evaluated before training, whose log begins anew.
+        self.history_before: list[dict[str, float]] = []
         # The batches of the step at hand that have met their noise, and the evaluated ones.
         self._noised_step, self._noised_batches = None, 0
-        self._evaluated_batches = 0
+        self._evaluated_batches, self._num_new_tokens = 0, 0
         self._token_bytes = None if self.processing_class is None else token_byte_counts(self.processing_class)
 
     @property
@@ -142,6 +151,18 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         for name in ("noise_schedule", "noise_interval"):
             if getattr(args, name) is not None:
                 setattr(config, name, getattr(args, name))
+        if stock_config(config) is not None:
+            config.clean_attention = args.clean_attention or config.clean_attention
+        elif args.clean_attention not in (None, "block"):
+            raise ValueError(
+                f"`clean_attention` must be 'block' for a {config.model_type!r}, which was no autoregressive model, "
+                f"but got {args.clean_attention!r}."
+            )
+        if args.autoregressive_loss_weight and config.clean_attention != "causal":
+            raise ValueError(
+                "`autoregressive_loss_weight` takes `clean_attention` 'causal', as a clean token that sees its whole "
+                f"block sees the next one, but got {args.autoregressive_loss_weight} with {config.clean_attention!r}."
+            )
         for block_size in (args.block_size_schedule or {}).values():
             if block_size > (config.max_position_embeddings or block_size):
                 raise ValueError(
@@ -170,7 +191,11 @@ class BD3LMTrainer(PublishingMixin, Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As `Trainer.get_batch_samples`, after -100 was set as the label of each token that is not predicted."""
-        return super().get_batch_samples(map(self._with_labels, epoch_iterator), num_batches, device)
+        labelled = map(self._with_labels, epoch_iterator)
+        batches, num_items = super().get_batch_samples(labelled, num_batches, device)
+        # On its device: to read it here would be to wait for the step before.
+        self._num_new_tokens = self._num_new_tokens + (0 if num_items is None else num_items)
+        return batches, num_items
 
     def compute_loss(
         self,
@@ -196,12 +221,16 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         )
         self._noised_batches += 1
         inputs = {**inputs, **noise.inputs(inputs["input_ids"])}
+        if self.args.autoregressive_loss_weight:
+            inputs["autoregressive_loss_weight"] = self.args.autoregressive_loss_weight
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`, with the metrics that stand in the description of this class."""
         with self._averaged_weights():
             metrics = super().evaluate(*args, **kwargs)
+        if not self.state.global_step:
+            self.history_before = list(self.state.log_history)
         if not self.is_in_train and self.state.global_step and Path(self.args.output_dir, SUMMARY_FILE).is_file():
             # What is found out about the saved weights belongs to their card.
             self.save_summary(self.args.output_dir)
@@ -221,7 +250,7 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         columns = predicted_blocks(output.predictions)
         losses, num_bytes = BlockLosses.of_columns(columns, self.config.noise_schedule), columns["num_bytes"].sum()
-        if self.is_in_train and not self.args.fix_noise_interval and self._search_is_due(metric_key_prefix):
+        if self.is_in_train and self.args.searches_noise_interval and self._search_is_due(metric_key_prefix):
             self._choose_noise_interval(losses)
         likelihood = losses.nelbo()
         metrics = {
@@ -276,6 +305,13 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         if self.ema_callback is not None and self.ema_callback.weights is not None:
             self.ema_callback.weights.save(output_dir, self.args.should_save)
         self.save_summary(output_dir, is_checkpoint=True)
+
+    def save_summary(self, folder: str | Path, is_checkpoint: bool = False) -> TrainingSummary | None:
+        """As `PublishingMixin.save_summary`, with the number of predicted tokens, which the state holds, too."""
+        if self.args.include_num_input_tokens_seen == "no":
+            self.state.num_input_tokens_seen += int(self._num_new_tokens)
+        self._num_new_tokens = 0
+        return super().save_summary(folder, is_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
