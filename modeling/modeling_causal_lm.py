@@ -113,6 +113,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
     """
 
     generation_config_class = BD3LMGenerationConfig
+    _network = BlockDiffusionPreTrainedModel._network
 
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__(config)
