@@ -72,11 +72,22 @@ class CommitCache(Cache):
         return tuple(torch.cat(parts, dim=-2) for parts in zip(cached, transient))
 
 
-def read_whole_text(cache: Cache, max_cache_len: int) -> None:
-    """Gives a static cache that is empty whole layers in place of sliding ones; masks say what a layer sees."""
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, StaticSlidingWindowLayer):
-            cache.layers[index] = StaticLayer(max_cache_len=max_cache_len)
+def read_whole_text(cache: Cache, max_cache_len: int = 0) -> None:
+    """
+    Gives an empty cache whole layers in place of sliding ones, since masks say what a layer sees; static ones of at
+    least so many positions. Raises a ValueError where some layers hold a whole text and others the end of it.
+    """
+    is_sliding = [type(layer) in (DynamicSlidingWindowLayer, StaticSlidingWindowLayer) for layer in cache.layers]
+    if not any(is_sliding):
+        return
+    if cache.get_seq_length():
+        if not all(is_sliding):
+            raise ValueError("`cache` must hold the whole text in all layers, but got sliding ones among them.")
+        return
+    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    for index in (index for index, layer_is_sliding in enumerate(is_sliding) if layer_is_sliding):
+        is_static = isinstance(cache.layers[index], StaticLayer)
+        cache.layers[index] = StaticLayer(max(max_cache_len, *lengths)) if is_static else DynamicLayer()
 
 
 class WindowLayer(DynamicSlidingWindowLayer):

@@ -109,7 +109,7 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
 def check_network(text_config: PreTrainedConfig) -> None:
     """Raises a ValueError that says why a network can't be read by blocks, where it can't."""
     faults = {
-        "is an encoder-decoder": getattr(text_config, "is_encoder_decoder", False),
+        "is an encoder-decoder": text_config.is_encoder_decoder or hasattr(text_config, "encoder_layers"),
         "has latent attention, whose cache can't be cut": getattr(text_config, "kv_lora_rank", None),
         "has positions in its scores (ALiBi), not in its states": getattr(text_config, "alibi", False)
         or text_config.model_type in ("bloom", "mpt"),

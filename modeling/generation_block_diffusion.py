@@ -130,8 +130,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         is_given = model_kwargs.get(CACHE_NAME) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
         cache = model_kwargs.get(CACHE_NAME)
-        if isinstance(cache, StaticCache) and not is_given:
-            read_whole_text(cache, max_cache_length)
+        if cache is not None:
+            read_whole_text(cache, 0 if is_given else max_cache_length)
         is_plain = type(cache) is DynamicCache and not cache.offloading and not is_given
         if is_plain:
             # Rows are complete a block apart, and the next call may go on with all of them.

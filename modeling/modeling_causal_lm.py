@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from .cache_block_diffusion import CommitCache
 from .configuration_causal_lm import BlockDiffusionConfig
 from .generation_block_diffusion import CACHE_NAME, BD3LMGenerationConfig, BlockDiffusionGenerationMixin
 from .loss_block_diffusion import token_nats
@@ -36,6 +37,10 @@ class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedMod
     def _take_modules(self, stock: PreTrainedModel) -> None:
         """Takes over the modules of a stock model, under their names, and what the class says of them."""
         self.base_model_prefix = stock.base_model_prefix
+        names = [name for name, module in stock.named_children() if module is stock.get_output_embeddings()]
+        if len(names) != 1:
+            raise ValueError(f"`model` must have a head of one linear layer, but got {type(stock).__name__}.")
+        self._head_name = names[0]
         for name, module in stock.named_children():
             setattr(self, name, module)
         for name in ("_tied_weights_keys", "_tp_plan", "_keys_to_ignore_on_load_unexpected"):
@@ -108,6 +113,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
     """
 
     generation_config_class = BD3LMGenerationConfig
+    _network = BlockDiffusionPreTrainedModel._network
 
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__(config)
@@ -138,10 +144,11 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         Raises:
             ValueError: the network is none that block diffusion can take, or an argument breaks its rule.
         """
-        if not isinstance(model, PreTrainedModel):
+        if not isinstance(model, nn.Module):
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         elif kwargs:
             raise ValueError(f"`kwargs` are for a model that is loaded, but got {sorted(kwargs)} with a model.")
+        is_training = model.training
         text_config, attention = model.config.get_text_config(decoder=True), model.config._attn_implementation
         fields = {"shift_logits": shift_logits, "clean_attention": clean_attention, "dtype": model.dtype}
         BlockDiffusionConfig(text_config=text_config, block_size=block_size, **fields)
@@ -160,16 +167,51 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         config._attn_implementation = attention
         with torch.device("meta"):
             adapted = cls(config)
+        if not isinstance(model.base_model, type(adapted.base_model)):
+            kind, given = (type(part.base_model).__name__ for part in (adapted, model))
+            raise ValueError(f"`model` must have the network {kind}, of text alone and unwrapped, but got {given}.")
         adapted._take_modules(model)
         adapted.post_init()
+        if adapted.device.type != "meta" and attention != "flex_attention":
+            adapted.eval()._check_network(model.eval())
         adapted.generation_config = BD3LMGenerationConfig.from_generation_config(model.generation_config)
-        return adapted.train(model.training)
+        return adapted.train(is_training)
+
+    @torch.no_grad()
+    def _check_network(self, stock: PreTrainedModel) -> None:
+        """
+        Raises a ValueError unless a few ids are scored as by the stock model where they are read causally, and over
+        [x_t ; x_0] as over a block against a cache.
+        """
+        mask_token_id, fields = self.config.mask_token_id, vars(self.config).copy()
+        x_0 = (torch.arange(16, device=self.device).view(2, 8) * 7 + 3) % max(mask_token_id, 1) + (mask_token_id == 0)
+        x_t = x_0.masked_fill(x_0 % 3 > 0, mask_token_id)
+        try:
+            self.config.update({"block_size": 4, "shift_logits": True, "clean_attention": "causal"})
+            pairs = [(stock(x_0).logits[:, :-1], self(x_0, use_cache=True).logits[:, 1:])]
+            self.config.update({"shift_logits": False, "clean_attention": "block"})
+            cache = CommitCache(self(x_0[:, :4], use_cache=True).cache, 0)
+            pairs.append((self(x_t[:, 4:], cache=cache).logits, self(x_t, clean_input_ids=x_0).logits[:, 4:]))
+            errors = [((one - other).float().std() / one.float().std()).item() for one, other in pairs]
+            # Rounding sends some tokens to other experts.
+            is_exact = self.dtype == torch.float32 and not getattr(stock, "is_quantized", False)
+            agrees = all(error <= (0.01 if is_exact else 0.1) for error in errors)
+            fault = None if agrees else f"scores that differ ({errors[0]:.1g}, {errors[1]:.1g})"
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+        finally:
+            vars(self.config).update(fields)
+        if fault is not None:
+            raise ValueError(
+                "`model` must be of a network and a head that score by the mask, positions and cache they are given, "
+                f"but got {type(stock).__name__}, which gives {fault}."
+            )
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.embed_out if hasattr(self, "embed_out") else self.lm_head
+        return getattr(self, self._head_name)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        setattr(self, "embed_out" if hasattr(self, "embed_out") else "lm_head", new_embeddings)
+        setattr(self, self._head_name, new_embeddings)
 
     def _capped(self, logits: Tensor) -> Tensor:
         """Logits as the stock model gives them: Gemma's are bounded."""

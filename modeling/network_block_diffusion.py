@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing
 
 from .attention_block_diffusion import MaskKind, Tokens, block_diffusion_mask, denoising_tokens, without_masked
+from .cache_block_diffusion import read_whole_text
 from .diffusion_block_diffusion import (
     FULL_NOISE_INTERVAL,
     NOISE_SCHEDULES,
@@ -75,6 +76,7 @@ def prepare_denoising(
     else:
         if document_ids is not None:
             raise ValueError("`document_ids` describes whole rows and can't go with `cache`, but got both.")
+        read_whole_text(cache)
         query, key = denoising_tokens(config, length, device, attention_mask, position_ids, cache)
     if config.clean_attention == "causal":
         # Blocks without a masked token are read as clean ones.

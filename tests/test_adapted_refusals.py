@@ -1,0 +1,222 @@
+"""What can't be the network of a block diffusion model is refused by name and reason, before anything is trained."""
+
+import pytest
+import torch
+from adapted_cases import GREEDY, MASK, VOCAB_SIZE, adapt, random_ids, stock_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+from bd3lm_hf import BlockDiffusionConfig, BlockDiffusionForMaskedLM
+
+
+STATE = "layers of the type|keeps a state of the text"
+LATENT = "has latent attention, whose cache can't be cut"
+ALIBI = "has positions in its scores"
+ENCODER = "is an encoder-decoder"
+REFUSED = [
+    ("mamba", {}, STATE),
+    ("mamba2", {}, STATE),
+    ("jamba", {}, STATE),
+    ("bamba", {}, STATE),
+    ("zamba2", {}, STATE),
+    ("falcon_h1", {}, STATE),
+    ("recurrent_gemma", {}, STATE),
+    ("qwen3_next", {}, STATE),
+    ("lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, STATE),
+    ("llama4_text", {"attention_chunk_size": 4}, "layers of the type chunked_attention"),
+    ("deepseek_v2", {}, LATENT),
+    ("deepseek_v3", {}, LATENT),
+    ("bloom", {}, ALIBI),
+    ("mpt", {}, ALIBI),
+    ("falcon", {"alibi": True}, ALIBI),
+    ("t5", {}, ENCODER),
+    ("bart", {}, ENCODER),
+    ("bart", {"is_encoder_decoder": False}, ENCODER),
+    ("granite", {"logits_scaling": 8.0}, "scales its logits"),
+    ("cohere", {"logit_scale": 0.0625}, "scales its logits"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "fields", "reason"), REFUSED)
+def test_configurations_of_other_networks_are_refused(model_type, fields, reason):
+    text_config = AutoConfig.for_model(model_type, **fields)
+    with pytest.raises(ValueError, match=f"`text_config` must be .*'{model_type}', which .*({reason})"):
+        BlockDiffusionConfig(text_config=text_config)
+
+
+def tiny(model_type, **fields):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **fields}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+class Capped(LlamaForCausalLM):
+    """A head that nobody can know of."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = torch.tanh(outputs.logits)
+        return outputs
+
+
+class Deaf(LlamaModel):
+    """A network that reads every mask as causal."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        return super().forward(*args, attention_mask=None, **kwargs)
+
+
+def capped():
+    model = stock_model("llama")
+    model.__class__ = Capped
+    return model
+
+
+def deaf():
+    model = stock_model("llama")
+    model.model.__class__ = Deaf
+    return model
+
+
+LOCAL = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 5}
+UNKNOWN = {
+    # Its layers hold a causal mask of their own, to which ours only adds.
+    "GPTNeoForCausalLM": lambda: tiny("gpt_neo", **LOCAL),
+    # A recurrent network whose configuration doesn't say so.
+    "RwkvForCausalLM": lambda: tiny("rwkv"),
+    # Between its network and its last layer lies another one.
+    "ModernBertDecoderForCausalLM": lambda: tiny(
+        "modernbert-decoder", intermediate_size=48, pad_token_id=0, bos_token_id=0, eos_token_id=1
+    ),
+    # It takes no mask with two dimensions of tokens.
+    "OpenAIGPTLMHeadModel": lambda: tiny("openai-gpt"),
+    "Capped": capped,
+    "LlamaForCausalLM": deaf,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_networks_that_do_otherwise_than_asked_are_found_out(name, block_size):
+    source = UNKNOWN[name]()
+    with pytest.raises(ValueError, match=f"`model` must be of a network .* but got {name}, which gives"):
+        BlockDiffusionForMaskedLM.from_causal_lm(source, block_size=block_size, mask_token_id=MASK)
+
+
+def test_the_probe_leaves_no_trace():
+    for training in (True, False):
+        source = stock_model("llama").train(training)
+        state, generator = {name: value.clone() for name, value in source.state_dict().items()}, torch.get_rng_state()
+        model = BlockDiffusionForMaskedLM.from_causal_lm(
+            source, block_size=7, mask_token_id=MASK, shift_logits=False, clean_attention="causal"
+        )
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert model.training == training
+        config = model.config
+        assert (config.block_size, config.shift_logits, config.clean_attention) == (7, False, "causal")
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    source = tiny("bert", is_decoder=True, intermediate_size=48)
+    with pytest.raises(ValueError, match="`model` must have a head of one linear layer, but got BertLMHeadModel"):
+        BlockDiffusionForMaskedLM.from_causal_lm(source, mask_token_id=MASK)
+
+
+def test_a_model_of_images_and_text_is_refused():
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": VOCAB_SIZE}
+    vision = {
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "image_size": 28,
+    }
+    config = Gemma3Config(text_config={**text, "num_attention_heads": 2, "head_dim": 16}, vision_config=vision)
+    source = Gemma3ForConditionalGeneration(config)
+    with pytest.raises(
+        ValueError, match="must have the network Gemma3TextModel, of text alone .* but got Gemma3Model"
+    ):
+        BlockDiffusionForMaskedLM.from_causal_lm(source, mask_token_id=MASK)
+
+
+def test_a_model_with_adapters_around_it_is_refused():
+    peft = pytest.importorskip("peft")
+    source = peft.get_peft_model(stock_model("llama"), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(
+        ValueError, match="must have the network LlamaModel, of text alone and unwrapped, but got Lora"
+    ):
+        BlockDiffusionForMaskedLM.from_causal_lm(source, mask_token_id=MASK)
+
+
+def test_a_block_diffusion_model_is_no_source():
+    with pytest.raises(ValueError, match="`model` must|`text_config` must"):
+        BlockDiffusionForMaskedLM.from_causal_lm(adapt("llama"), mask_token_id=MASK)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 0}, "`block_size` must be an integer >= 1, but got 0"),
+        ({"shift_logits": "clean"}, "`shift_logits` must be False, True or 'noisy', but got 'clean'"),
+        ({"clean_attention": "full"}, "`clean_attention` must be 'block' or 'causal', but got 'full'"),
+        ({"mask_token_id": VOCAB_SIZE}, f"`mask_token_id` must be an id inside the vocabulary.* got {VOCAB_SIZE}"),
+        ({"ignore_bos": False}, "`ignore_bos` must be true with `shift_logits`.* but got False"),
+        ({"noise_interval": (0.5, 0.1)}, "`noise_interval` must be a pair"),
+    ],
+)
+def test_fields_that_break_their_rule_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        BlockDiffusionConfig(text_config=stock_model("llama").config, **fields)
+
+
+def test_a_table_of_positions_ends_with_an_error_that_says_so():
+    model, message = adapt("gpt2"), "`position_ids` must be below 64, for the network has learned so many"
+    ids = random_ids(1, 66)
+    for call in (
+        lambda: model(input_ids=ids),
+        lambda: model(input_ids=ids.repeat(1, 2), labels=ids.repeat(1, 2)),
+        lambda: model(input_ids=ids[:, :4], position_ids=torch.arange(61, 65)[None]),
+        lambda: model.generate(ids[:, :60], max_new_tokens=5, **GREEDY),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert model.generate(ids[:, :60], max_new_tokens=4, **GREEDY).shape == (1, 64)
+    # Rotary positions go on.
+    assert adapt("llama").generate(ids[:, :60], max_new_tokens=6, **GREEDY).shape == (1, 66)
+
+
+def test_a_noise_level_is_told_to_no_stock_network():
+    with pytest.raises(ValueError, match="`timesteps` must be None for a network that is told no noise level"):
+        adapt("llama")(input_ids=random_ids(1, 8), timesteps=torch.ones(1))
+
+
+def test_a_cache_whose_layers_hold_different_texts_is_refused():
+    model, ids = adapt("gemma3"), random_ids(1, 12)
+    cache = DynamicCache(config=model.config)
+    stock_model("gemma3")(ids[:, :8], past_key_values=cache)
+    message = "`cache` must hold the whole text in all layers, but got sliding ones among them"
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids[:, 8:], cache=cache)
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, max_new_tokens=4, cache=cache)
+
+
+def test_infilling_of_a_first_token_is_refused_where_nothing_predicts_it():
+    ids = random_ids(1, 8)
+    ids[0, 0] = MASK
+    with pytest.raises(ValueError, match="`input_ids` must begin with a known token, since `shift_logits`"):
+        adapt("llama").generate(ids, infill=True, **GREEDY)
+    assert (adapt("llama", shift_logits=False).generate(ids, infill=True, **GREEDY) != MASK).all()
