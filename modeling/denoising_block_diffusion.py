@@ -1,6 +1,6 @@
 """Denoising the blocks of a text one after the other: the passes over the network, and a record of what they gave."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,7 +117,8 @@ class Denoiser:
             self.text = match_cache(
                 cache, prefix, length, config.block_size, window, canvas.num_stages, reread=bool(config.shift_logits)
             )
-            cache.clean_text = self.text
+            # Blocks that are counted from the prompt's end are of no use to another prompt.
+            cache.clean_text = self.text if not generation_config.new_block else replace(self.text)
         self._prepared: tuple[tuple[int, int] | None, dict[str, Tensor]] = (None, {})
         self._first_logits: Tensor | None = None
 
@@ -214,7 +215,8 @@ class Denoiser:
         positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
         if text.is_plain and is_real is None:
             positions = positions[:1]
-        block_ids = token_block_ids(positions, config.block_size, positions < 0)
+        offset = self.canvas.block_offset[: len(positions), None] if self.guidance is None else 0
+        block_ids = token_block_ids(positions + offset, config.block_size, positions < 0)
         num_queries = positions.shape[1] - text.num_cached
         key = Tokens(block_ids, positions)
         query = key.each(lambda ids: ids[:, -num_queries:])

@@ -16,7 +16,7 @@ CONTEXT_FREE_PROCESSORS = (
     generation.TopKLogitsWarper,
     generation.TopPLogitsWarper,
 )
-CONFIDENCES = ("probability", "margin", "negative_entropy")
+CONFIDENCES = ("probability", "processed_probability", "margin", "negative_entropy")
 
 
 def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ def confidence_of(kind: str, log_probs: Tensor, tokens: Tensor) -> Tensor:
     """
     How sure a model is of its predictions [num_candidates], larger is surer, from `log_probs` [num_candidates, vocab]:
     the "probability" of the drawn `tokens` [num_candidates], the "margin" of the likeliest token before the second, or
-    the "negative_entropy" in nats.
+    the "negative_entropy" in nats. A "processed_probability" is one under scores that the processors have changed.
     """
-    if kind == "probability":
+    if kind in ("probability", "processed_probability"):
         return log_probs.gather(-1, tokens[:, None]).squeeze(-1).exp()
     if kind == "margin":
         first, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
@@ -111,7 +111,10 @@ class TokenPredictor:
         chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
         tokens = torch.zeros_like(columns)
         tokens[candidates] = chosen
-        confidence, probability = (self._confidence(kind, logits, candidates, chosen) for kind in kinds)
+        confidence, probability = (
+            self._confidence(kind, scores if kind == "processed_probability" else logits, candidates, chosen)
+            for kind in kinds
+        )
         return Prediction(tokens, confidence, probability, logits, scores)
 
     def _confidence(self, kind: str | None, logits: Tensor, candidates: Tensor, chosen: Tensor) -> Tensor | None:
