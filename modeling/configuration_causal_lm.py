@@ -82,8 +82,8 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
             return fields, unused
         if cls.read_other_format is None:
             raise ValueError(
-                f"`model_type` in config.json must be {cls.model_type!r}, but got {model_type!r}. The package bd3lm-hf "
-                "reads and converts published families; `from_causal_lm` adapts an autoregressive model."
+                f"`model_type` in config.json must be {cls.model_type!r}, but got {model_type!r}. `from_causal_lm` "
+                "adapts an autoregressive model, and the package bd3lm-hf reads and converts published families."
             )
         return cls.read_other_format(pretrained_model_name_or_path, fields, unused, kwargs), unused
 

@@ -231,7 +231,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         num_new = generation_config.max_length - input_ids.shape[1]
         new_block = bool(generation_config.new_block)
         if new_block and (generation_config.infill or (cache is not None and cache.get_seq_length())):
-            raise ValueError("`new_block` must be False with `infill` and with a `cache` that is not empty, but got True.")
+            raise ValueError(
+                "`new_block` must be False with `infill` and with a `cache` that is not empty, but got True."
+            )
         canvas = Canvas(config, input_ids, attention_mask, gaps, num_new, new_block)
         if config.shift_logits and gaps.gather(1, canvas.first_column[:, None]).any():
             raise ValueError("`input_ids` must begin with a known token, since `shift_logits` predicts no first one.")

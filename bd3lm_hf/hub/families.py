@@ -127,7 +127,8 @@ def family_of(fields: Mapping[str, Any]) -> Family:
     if model_type == EFFICIENT_DLM.network and fields.get("auto_map"):
         return EFFICIENT_DLM
     fault = REFUSED.get(
-        model_type, "is another model; an autoregressive one is adapted with `BlockDiffusionForMaskedLM.from_causal_lm`"
+        model_type,
+        "is another model; an autoregressive one is adapted with `BlockDiffusionForMaskedLM.from_causal_lm`",
     )
     raise ValueError(
         f"`model_type` must be {BlockDiffusionConfig.model_type!r} or that of a published family "
@@ -224,7 +225,7 @@ def mask_token_of_folder(source: str | os.PathLike, mask_token: str, **hub_argum
     declared = config.get("mask_token") or read("special_tokens_map.json").get("mask_token") or mask_token
     content = declared["content"] if isinstance(declared, dict) else declared
     tokenizer = read("tokenizer.json")
-    ids = {token: index for token, index in read("added_tokens.json").items()}
+    ids = dict(read("added_tokens.json"))
     ids |= {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
     ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
@@ -312,7 +313,9 @@ def tokenizer_of_family(
         except (OSError, ValueError) as error:
             if not is_given:
                 return None
-            raise ValueError(f"`tokenizer` must be a folder or repository of one, but got {tokenizer!r}: {error}")
+            raise ValueError(
+                f"`tokenizer` must be a folder or repository of one, but got {str(tokenizer)!r}: {error}"
+            ) from error
     wanted = model.config.mask_token_id
     if tokenizer.mask_token_id != wanted:
         token = tokenizer.convert_ids_to_tokens(wanted) if wanted < len(tokenizer) else None
