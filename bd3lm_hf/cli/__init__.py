@@ -21,10 +21,11 @@ Block diffusion language models: train, evaluate, sample, publish and convert th
   bd3lm plot       a sample as it is denoised, the attention pattern, noise schedules, training curves
   bd3lm app        a page in the browser on which one watches a model write, or a Space of it
   bd3lm convert    bring a published checkpoint, or one of the published training code, into this package's format
+  bd3lm export     write an adapted network for a serving engine, or as the autoregressive model again
 
 `bd3lm COMMAND --help` explains a command, with examples."""
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "app", "convert")
+COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "app", "convert", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
