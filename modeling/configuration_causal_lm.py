@@ -1,7 +1,6 @@
 """Configuration of a block diffusion language model whose network is a causal language model of Transformers."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -41,7 +40,7 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "token_nelbo"]
     # Reads the `config.json` of another format: (name of its folder, its fields, arguments, arguments for the Hub) ->
     # fields of this class. The package bd3lm-hf has one for the published families.
-    read_other_format: ClassVar[Callable | None] = None
+    read_other_format = None
     # The network is told the noise by its mask tokens alone.
     time_conditioning = False
 

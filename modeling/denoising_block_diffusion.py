@@ -118,7 +118,7 @@ class Denoiser:
                 cache, prefix, length, config.block_size, window, canvas.num_stages, reread=bool(config.shift_logits)
             )
             # Blocks that are counted from the prompt's end are of no use to another prompt.
-            cache.clean_text = self.text if not generation_config.new_block else replace(self.text)
+            cache.clean_text = replace(self.text) if generation_config.new_block else self.text
         self._prepared: tuple[tuple[int, int] | None, dict[str, Tensor]] = (None, {})
         self._first_logits: Tensor | None = None
 
@@ -215,8 +215,8 @@ class Denoiser:
         positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
         if text.is_plain and is_real is None:
             positions = positions[:1]
-        offset = self.canvas.block_offset[: len(positions), None] if self.guidance is None else 0
-        block_ids = token_block_ids(positions + offset, config.block_size, positions < 0)
+        counted = positions + self.canvas.block_offset[: len(positions), None]
+        block_ids = token_block_ids(counted, config.block_size, positions < 0)
         num_queries = positions.shape[1] - text.num_cached
         key = Tokens(block_ids, positions)
         query = key.each(lambda ids: ids[:, -num_queries:])

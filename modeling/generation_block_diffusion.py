@@ -229,18 +229,16 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             raise ValueError(f"`input_ids` must not hold {fault}.")
         # 1. Lay the rows out by blocks.
         num_new = generation_config.max_length - input_ids.shape[1]
-        new_block = bool(generation_config.new_block)
-        if new_block and (generation_config.infill or (cache is not None and cache.get_seq_length())):
-            raise ValueError(
-                "`new_block` must be False with `infill` and with a `cache` that is not empty, but got True."
-            )
-        canvas = Canvas(config, input_ids, attention_mask, gaps, num_new, new_block)
+        canvas = Canvas(config, input_ids, attention_mask, gaps, num_new)
         if config.shift_logits and gaps.gather(1, canvas.first_column[:, None]).any():
             raise ValueError("`input_ids` must begin with a known token, since `shift_logits` predicts no first one.")
         guidance = next((part for part in logits_processor if isinstance(part, Guidance)), None)
+        if generation_config.new_block:
+            if generation_config.infill or guidance is not None or (cache is not None and cache.get_seq_length()):
+                rule = "False with `infill`, a `guidance_scale` or a `cache` that is not empty"
+                raise ValueError(f"`new_block` must be {rule}, but got True.")
+            canvas.start_new_block()
         if guidance is not None:
-            if new_block:
-                raise ValueError("`new_block` must be False with a `guidance_scale`, but got True.")
             logits_processor = LogitsProcessorList(part for part in logits_processor if part is not guidance)
             guidance = guidance.of_batch(input_ids, generation_config.num_return_sequences or 1)
             if generation_config.cache_implementation == "static":

@@ -111,19 +111,17 @@ class TokenPredictor:
         chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
         tokens = torch.zeros_like(columns)
         tokens[candidates] = chosen
-        confidence, probability = (
-            self._confidence(kind, scores if kind == "processed_probability" else logits, candidates, chosen)
-            for kind in kinds
-        )
+        confidence, probability = (self._confidence(kind, logits, scores, candidates, chosen) for kind in kinds)
         return Prediction(tokens, confidence, probability, logits, scores)
 
-    def _confidence(self, kind: str | None, logits: Tensor, candidates: Tensor, chosen: Tensor) -> Tensor | None:
+    def _confidence(self, kind: str | None, logits, scores, candidates, chosen) -> Tensor | None:
         if kind is None:
             return None
         confidence = torch.full(candidates.shape, -torch.inf, device=logits.device)
         # Of logits that are NaN too there is a least confident token, so that every block ends.
         least = torch.finfo(confidence.dtype).min
-        confidence[candidates] = confidence_of(kind, logits.log_softmax(-1), chosen).nan_to_num(least)
+        log_probs = (scores if kind == "processed_probability" else logits).log_softmax(-1)
+        confidence[candidates] = confidence_of(kind, log_probs, chosen).nan_to_num(least)
         return confidence
 
     def _process(self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor) -> Tensor:

@@ -43,22 +43,14 @@ class Canvas:
     Attributes:
         tokens: prompts, then one column per new token, masked until revealed, then a margin of masked columns.
         to_fill: the gaps of the prompts and the new columns, bool, of the shape of `tokens`.
-        num_clean: tokens in the whole blocks of each prompt before its first gap [batch]; all with a new block.
-        block_offset: added to positions before blocks are counted [batch], 0 but with a new block after the prompt.
+        num_clean: tokens in the whole blocks of each prompt before its first gap [batch].
+        block_offset: what is added to positions before blocks are counted [batch or 1].
         first_column: column of each row's position 0 [batch].
         prompt_width: columns of the prompts, padding included.
         num_new: columns to generate.
     """
 
-    def __init__(
-        self,
-        config,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        gaps: Tensor,
-        num_new: int,
-        new_block: bool = False,
-    ):
+    def __init__(self, config, input_ids: Tensor, attention_mask: Tensor | None, gaps: Tensor, num_new: int):
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
         self.num_new = num_new
         batch_size, self.prompt_width = input_ids.shape
@@ -73,9 +65,11 @@ class Canvas:
         # Where nothing is to be filled, all of the prompt comes before it.
         first_gap = torch.cat([gaps, torch.ones_like(gaps[:, :1])], dim=1).int().argmax(-1)
         self.num_clean = (first_gap - self.first_column) // self.block_size * self.block_size
-        self.block_offset = torch.zeros_like(self.num_clean)
-        if new_block:
-            self.num_clean, self.block_offset = self.prompt_length, -self.prompt_length % self.block_size
+        self.block_offset = self.num_clean.new_zeros(1)
+
+    def start_new_block(self) -> None:
+        """Begins a block right after each prompt, whose own blocks are counted from its end."""
+        self.num_clean, self.block_offset = self.prompt_length, -self.prompt_length % self.block_size
 
     @property
     def prompt_length(self) -> Tensor:
