@@ -108,6 +108,8 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
     """
 
     generation_config_class = BD3LMGenerationConfig
+    # The mixin, which comes first, has one for networks of this package.
+    _network = BlockDiffusionPreTrainedModel._network
 
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__(config)
