@@ -26,6 +26,7 @@ from .modeling.samplers_block_diffusion import (
     EntropyBoundSampler,
     FirstHittingSampler,
     Sampler,
+    SequentialSampler,
 )
 from .registration import register_with_transformers
 
@@ -71,6 +72,7 @@ __all__ = [
     "NoiseSampler",
     "SAMPLERS",
     "Sampler",
+    "SequentialSampler",
     "TextInfillingPipeline",
     "adapt",
     "convert_checkpoint",

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .hub.conversion import register_published_format
+from .hub.families import register_families
 from .modeling.configuration_bd3lm import BD3LMConfig
 from .modeling.configuration_causal_lm import BlockDiffusionConfig
 from .modeling.infilling_block_diffusion import TEXT_INFILLING, TextInfillingPipeline
@@ -14,7 +15,7 @@ from .modeling.modeling_causal_lm import BlockDiffusionForMaskedLM, BlockDiffusi
 def register_with_transformers() -> None:
     """
     Makes the classes of this package known to `AutoConfig`, `AutoModel`, `AutoModelForMaskedLM`,
-    `AutoModelForCausalLM` and `pipeline`, and the published format to `from_pretrained`.
+    `AutoModelForCausalLM` and `pipeline`, and published formats to `from_pretrained`.
     """
     networks = [
         (BD3LMConfig, BD3LMModel, BD3LMForMaskedLM),
@@ -29,3 +30,4 @@ def register_with_transformers() -> None:
         TEXT_INFILLING, TextInfillingPipeline, pt_model=AutoModelForMaskedLM, type="text"
     )
     register_published_format()
+    register_families()

@@ -26,6 +26,8 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
             training at the noised one, as Fast-dLLM v2 (arXiv 2509.26328) trains.
         clean_attention: "block", where a clean token sees its whole block, or "causal", where it sees what comes
             before it, so that the clean stream stays the autoregressive model's.
+        predicts_mask_token: whether the mask token has a probability in the loss of training mode, which is then
+            cross-entropy over the whole vocabulary, as published families of adapted models are trained.
         noise_schedule, noise_interval, ignore_bos: as in [`BD3LMConfig`].
         bos_token_id, eos_token_id, pad_token_id, tie_word_embeddings: by default those of `text_config`.
 
@@ -36,6 +38,9 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     model_type = "block_diffusion"
     sub_configs = {"text_config": AutoConfig}
     keys_to_ignore_at_inference = ["cache", "past_key_values", "token_nelbo"]
+    # Reads the `config.json` of another format: (name of its folder, its fields, arguments, arguments for the Hub) ->
+    # fields of this class. The package bd3lm-hf has one for the published families.
+    read_other_format = None
     # The network is told the noise by its mask tokens alone.
     time_conditioning = False
 
@@ -44,6 +49,7 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     mask_token_id: int | None = None
     shift_logits: bool | str = True
     clean_attention: str = "block"
+    predicts_mask_token: bool = False
     noise_schedule: str = "loglinear"
     noise_interval: tuple | list = (1e-3, 1.0)
     ignore_bos: bool = True
@@ -65,6 +71,20 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         self.noise_interval = tuple(self.noise_interval)
         super().__post_init__(**kwargs)
         self.validate()
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> tuple[dict, dict]:
+        """As in Transformers; raises a ValueError for the configuration of another model that nothing here reads."""
+        fields, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = fields.get("model_type", cls.model_type)
+        if model_type == cls.model_type:
+            return fields, unused
+        if cls.read_other_format is None:
+            raise ValueError(
+                f"`model_type` in config.json must be {cls.model_type!r}, but got {model_type!r}. `from_causal_lm` "
+                "adapts an autoregressive model, and the package bd3lm-hf reads and converts published families."
+            )
+        return cls.read_other_format(pretrained_model_name_or_path, fields, unused, kwargs), unused
 
     def validate(self) -> None:
         """Checks all fields, as the constructor does; for a configuration that was changed since."""

@@ -1,6 +1,6 @@
 """Denoising the blocks of a text one after the other: the passes over the network, and a record of what they gave."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,7 +126,8 @@ class Denoiser:
             sizes = (config.block_size, self.window, canvas.num_stages)
             # With shifted logits the last clean token predicts the next one, and so is read again.
             self.text = match_cache(cache, prefix, length, *sizes, reread=bool(config.shift_logits))
-            cache.clean_text = self.text
+            # Blocks that are counted from the prompt's end are of no use to another prompt.
+            cache.clean_text = replace(self.text) if generation_config.new_block else self.text
         self._prepared: tuple[Any, dict, slice | None] = (None, {}, None)
         self._first_logits: Tensor | None = None
 
@@ -225,10 +226,12 @@ class Denoiser:
         text, cache = self.text, self.cache
         if cache is None and text.num_columns > self.piece_size:
             cache = sliding_cache(self.config.num_hidden_layers, self.window)
-        while text.num_columns - text.num_cached > self.piece_size:
-            end = text.num_cached + self.piece_size
+        while (num_left := text.num_columns - text.num_cached) > self.piece_size:
+            # Whole blocks, as they are counted from the end of the text.
+            size = self.piece_size - -num_left % self.config.block_size
+            end = text.num_cached + size
             inputs, seen = self._positions_and_mask(text.positions[:, :end], cache, text.is_plain)
-            inputs["cache"] = CommitCache(cache, self.piece_size, seen)
+            inputs["cache"] = CommitCache(cache, size, seen)
             self.model(input_ids=text.ids[:, text.num_cached : end], logits_to_keep=1, **inputs)
             text.num_cached = end
         return cache
@@ -242,7 +245,8 @@ class Denoiser:
         """
         config, num_cached, seen = self.config, self.text.num_cached, None
         positions = positions[:1] if is_plain else positions
-        key = Tokens(token_block_ids(positions, config.block_size, positions < 0), positions)
+        counted = positions + self.canvas.block_offset[: len(positions), None]
+        key = Tokens(token_block_ids(counted, config.block_size, positions < 0), positions)
         query = key.each(lambda ids: ids[:, num_cached:])
         num_queries = query.block_ids.shape[1]
         if config.clean_attention == "causal":

@@ -242,6 +242,11 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         if config.shift_logits and gaps.gather(1, canvas.first_column[:, None]).any():
             raise ValueError("`input_ids` must begin with a known token, since `shift_logits` predicts no first one.")
         guidance = next((part for part in logits_processor if isinstance(part, Guidance)), None)
+        if generation_config.new_block:
+            if generation_config.infill or guidance is not None or (cache is not None and cache.get_seq_length()):
+                rule = "False with `infill`, a `guidance_scale` or a `cache` that is not empty"
+                raise ValueError(f"`new_block` must be {rule}, but got True.")
+            canvas.start_new_block()
         if guidance is not None:
             logits_processor = LogitsProcessorList(part for part in logits_processor if part is not guidance)
             guidance = guidance.of_batch(input_ids, generation_config.num_return_sequences or 1)

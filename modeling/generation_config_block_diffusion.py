@@ -31,6 +31,9 @@ def argument_rules() -> dict[str, tuple[Callable[[Any], bool], str]]:
         "remask_cap": share,
         "confidence_threshold": (lambda value: 0 < value <= 1, "in (0, 1]"),
         "confidence": (lambda value: value in CONFIDENCES, f"one of {', '.join(CONFIDENCES)}"),
+        "tokens_per_step": (lambda value: is_integer(value, 1), "an integer >= 1"),
+        "sub_block_size": (lambda value: is_integer(value, 1), "an integer >= 1"),
+        "new_block": (lambda value: isinstance(value, bool), "True or False"),
         "entropy_bound": (lambda value: value >= 0, "a number of nats >= 0"),
         "seed": (
             lambda value: all(is_integer(seed, 0) for seed in (value if isinstance(value, list) else [value])),
@@ -49,14 +52,21 @@ class BD3LMGenerationConfig(GenerationConfig):
     off by default, so that samples follow the model's own distribution.
 
     Args:
-        sampler: "first_hitting" (default), "ancestral", "confidence", "entropy_bound", a name that was added to
-            `SAMPLERS`, or a `Sampler`.
-        denoising_steps: of the samplers "ancestral" and "confidence", per block; by default its number of tokens.
+        sampler: "first_hitting" (default), "ancestral", "confidence", "sequential", "entropy_bound", a name that was
+            added to `SAMPLERS`, or a `Sampler`.
+        denoising_steps: of the samplers "ancestral", "confidence" and "sequential", per block; by default its number
+            of tokens.
         noise_schedule: of the sampler "ancestral"; by default the model's.
         remask_cap: of the sampler "ancestral": the largest probability, in [0, 1], that a revealed token is masked
             again at a step (ReMDM); 0 by default.
         confidence_threshold: of the sampler "confidence": reveal every token above this confidence, in (0, 1].
-        confidence: of the sampler "confidence": "probability" (default), "margin" or "negative_entropy".
+        confidence: of the sampler "confidence": "probability" (default), "processed_probability" (after temperature,
+            nucleus and the like), "margin" or "negative_entropy".
+        tokens_per_step: of the samplers "confidence" and "sequential": reveal so many at a step; with a
+            `confidence_threshold` at least so many.
+        sub_block_size: of the sampler "confidence": denoise a block in parts of so many tokens from left to right, its
+            first token before all others.
+        new_block: begin a block right after each prompt, whose own last block ends there; False by default.
         entropy_bound: of the sampler "entropy_bound": the most that the entropies of tokens which are revealed
             together may sum up to, less the largest of them, in nats; 0 by default.
         seed: row i of the batch, `num_return_sequences` included, draws from a generator of its own with this seed +
@@ -88,6 +98,7 @@ class BD3LMGenerationConfig(GenerationConfig):
             "top_k": 0,
             "sampler": "first_hitting",
             "infill": False,
+            "new_block": False,
             "output_reveal": False,
             "entropy_stop_window": 256,
         }
@@ -133,6 +144,16 @@ class BD3LMGenerationConfig(GenerationConfig):
                 "`denoising_steps` and `confidence_threshold` are two rules of the 'confidence' sampler of which one "
                 f"must be chosen, but got {self.denoising_steps} and {threshold}."
             )
+        if self.denoising_steps is not None and self.tokens_per_step is not None:
+            raise ValueError(
+                "`denoising_steps` must be None with `tokens_per_step`, which is another rule of how many tokens a "
+                f"step reveals, but got {self.denoising_steps} and {self.tokens_per_step}."
+            )
+        if self.sub_block_size is not None and threshold is None and self.tokens_per_step is None:
+            raise ValueError(
+                "`sub_block_size` must go with `confidence_threshold` or `tokens_per_step`, which hold within a part "
+                f"of a block, but got {self.sub_block_size} with neither."
+            )
         if threshold is not None and self.confidence == "negative_entropy":
             raise ValueError(
                 f"`confidence_threshold` is a probability or a margin, but got {threshold} with `confidence` "
@@ -177,7 +198,7 @@ class BD3LMGenerationConfig(GenerationConfig):
         if isinstance(self.sampler, Sampler):
             return copy.deepcopy(self.sampler)
         defaults = {"noise_schedule": noise_schedule, "entropy_bound": 0.0}
-        if self.confidence_threshold is None:
+        if self.confidence_threshold is None and self.tokens_per_step is None:
             defaults["denoising_steps"] = block_size
         values = {name: value for name, value in (defaults | given).items() if name in takes}
         return SAMPLERS[self.sampler](**values)

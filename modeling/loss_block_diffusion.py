@@ -22,7 +22,7 @@ def token_nats(hidden_states: Tensor, targets: Tensor, head: nn.Module, mask_tok
         hidden_states: final hidden states of masked tokens [num_masked, hidden].
         targets: their clean ids [num_masked].
         head: from hidden states to logits over the vocabulary.
-        mask_token_id: the token of probability 0.
+        mask_token_id: the token of probability 0; -1 for none.
     """
     numel = CHUNK_NUMEL_ON_CPU if hidden_states.device.type == "cpu" else CHUNK_NUMEL
     chunk_size = max(1, numel // getattr(head, "out_features", 2**16))

@@ -113,6 +113,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
     """
 
     generation_config_class = BD3LMGenerationConfig
+    # The mixin, which comes first, has one for networks of this package.
     _network = BlockDiffusionPreTrainedModel._network
 
     def __init__(self, config: BlockDiffusionConfig):
@@ -251,10 +252,14 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         return self._capped(super()._logits(hidden_states))
 
     def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
-        if getattr(self.config.text_config, "final_logit_softcapping", None) is None:
+        is_capped = getattr(self.config.text_config, "final_logit_softcapping", None) is not None
+        # What is reported as likelihood, in evaluation mode, gives the mask token no probability.
+        is_scored = self.training and self.config.predicts_mask_token
+        if not (is_capped or is_scored):
             return super().token_nats(hidden_states, labels, masked)
+        head = self._logits if is_capped else self.get_output_embeddings()
         targets = tokens_where(masked, labels.repeat(1, masked.shape[1] // max(labels.shape[1], 1)))
-        return token_nats(hidden_states, targets, self._logits, self.config.mask_token_id)
+        return token_nats(hidden_states, targets, head, -1 if is_scored else self.config.mask_token_id)
 
 
 AUTO_MAP = {

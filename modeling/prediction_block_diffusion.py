@@ -19,7 +19,7 @@ CONTEXT_FREE_PROCESSORS = (
 # Those of sequences of tokens, of which any token may be the last to be revealed.
 BIASES = (generation.SequenceBiasLogitsProcessor, generation.NoBadWordsLogitsProcessor)
 N_GRAM_BANS = (generation.NoRepeatNGramLogitsProcessor, generation.EncoderNoRepeatNGramLogitsProcessor)
-CONFIDENCES = ("probability", "margin", "negative_entropy")
+CONFIDENCES = ("probability", "processed_probability", "margin", "negative_entropy")
 
 
 def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ def confidence_of(kind: str, log_probs: Tensor, tokens: Tensor) -> Tensor:
     """
     How sure a model is of its predictions [num_candidates], larger is surer, from `log_probs` [num_candidates, vocab]:
     the "probability" of the drawn `tokens` [num_candidates], the "margin" of the likeliest token before the second, or
-    the "negative_entropy" in nats.
+    the "negative_entropy" in nats. A "processed_probability" is one under scores that the processors have changed.
     """
-    if kind == "probability":
+    if kind in ("probability", "processed_probability"):
         return log_probs.gather(-1, tokens[:, None]).squeeze(-1).exp()
     if kind == "margin":
         first, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
@@ -109,7 +109,8 @@ class Prediction:
     def confidence(self, kind: str) -> Tensor:
         """How sure the model itself is of each token by [`confidence_of`], -inf elsewhere [batch, block_size]."""
         confidence = torch.full(self.candidates.shape, -torch.inf, device=self.logits.device)
-        values = confidence_of(kind, self.logits.log_softmax(-1), self.tokens[self.candidates])
+        scores = self.scores if kind == "processed_probability" else self.logits
+        values = confidence_of(kind, scores.log_softmax(-1), self.tokens[self.candidates])
         # Of logits that are NaN too there is a least confident token, so that every block ends.
         confidence[self.candidates] = values.nan_to_num(torch.finfo(values.dtype).min)
         return confidence

@@ -44,6 +44,7 @@ class Canvas:
         tokens: prompts, then one column per new token, masked until revealed, then a margin of masked columns.
         to_fill: the gaps of the prompts and the new columns, bool, of the shape of `tokens`.
         num_clean: tokens in the whole blocks of each prompt before its first gap [batch].
+        block_offset: what is added to positions before blocks are counted [batch or 1].
         first_column: column of each row's position 0 [batch].
         prompt_width: columns of the prompts, padding included.
         num_new: columns to generate.
@@ -66,6 +67,11 @@ class Canvas:
         first_gap = torch.cat([gaps, torch.ones_like(gaps[:, :1])], dim=1).int().argmax(-1)
         self.num_clean = (first_gap - self.first_column) // self.block_size * self.block_size
         self.first_gap = int(first_gap.min())
+        self.block_offset = self.num_clean.new_zeros(1)
+
+    def start_new_block(self) -> None:
+        """Begins a block right after each prompt, whose own blocks are counted from its end."""
+        self.num_clean, self.block_offset = self.prompt_length, -self.prompt_length % self.block_size
 
     @property
     def prompt_length(self) -> Tensor:

@@ -165,27 +165,55 @@ class ConfidenceSampler(Sampler):
     Reveals the tokens that the model is surest of by its `confidence`, a name in CONFIDENCES.
 
     With `denoising_steps`, the ceil(n / k) surest ones of n masked tokens with k steps left (MaskGIT, arXiv
-    2202.04200); with `confidence_threshold`, all above it and at least the surest one (Fast-dLLM, arXiv 2505.22618).
+    2202.04200); with `confidence_threshold`, all above it and at least the surest one (Fast-dLLM, arXiv 2505.22618);
+    with `tokens_per_step`, so many of the surest, or with a threshold as well at least so many (SDAR, arXiv
+    2510.06303). With a `sub_block_size` only tokens of the leftmost part of the block that has a masked one; the parts
+    are of so many tokens, but for the block's first token, which is one by itself (Fast-dLLM v2, arXiv 2509.26328).
     """
 
     def __init__(
         self,
         denoising_steps: int | None = None,
         confidence_threshold: float | None = None,
-        confidence: str = "probability",
+        confidence: str | None = "probability",
+        tokens_per_step: int = 1,
+        sub_block_size: int | None = None,
     ):
         self.steps_left = denoising_steps
         self.confidence_threshold = confidence_threshold
         self.confidence = confidence
+        self.tokens_per_step = tokens_per_step
+        self.sub_block_size = sub_block_size
+
+    def candidates(self, masked: Tensor) -> Tensor:
+        if self.sub_block_size is None:
+            return masked
+        part = torch.arange(masked.shape[-1], device=masked.device) // self.sub_block_size + 1
+        part[0] = 0
+        return masked & (part == part.masked_fill(~masked, len(part) + 1).amin(-1, keepdim=True))
 
     def reveal(self, candidates: Tensor, confidence: Tensor) -> Tensor:
         num_masked = candidates.sum(-1, keepdim=True)
-        if self.confidence_threshold is not None:
-            is_above = confidence > self.confidence_threshold
-            return is_above | self.surest(confidence, num_masked.clamp(max=1))
-        self.steps_left -= 1
-        # More steps than tokens reveal one at a time.
-        return self.surest(confidence, -(-num_masked // max(min(self.steps_left + 1, candidates.shape[-1]), 1)))
+        number = num_masked.clamp(max=self.tokens_per_step)
+        if self.confidence_threshold is None and self.steps_left is not None:
+            # More steps than tokens reveal one at a time.
+            number = -(-num_masked // max(min(self.steps_left, candidates.shape[-1]), 1))
+            self.steps_left -= 1
+        revealed = self.surest(confidence, number)
+        if self.confidence_threshold is None:
+            return revealed
+        return revealed | (confidence > self.confidence_threshold)
+
+
+class SequentialSampler(ConfidenceSampler):
+    """Reveals tokens from left to right, as many at a step as the [`ConfidenceSampler`] of the same arguments."""
+
+    def __init__(self, denoising_steps: int | None = None, tokens_per_step: int = 1):
+        super().__init__(denoising_steps, confidence=None, tokens_per_step=tokens_per_step)
+
+    def reveal(self, candidates: Tensor, confidence: Tensor | None) -> Tensor:
+        order = -torch.arange(candidates.shape[-1], device=candidates.device, dtype=torch.float32)
+        return super().reveal(candidates, order.masked_fill(~candidates, -torch.inf))
 
 
 class EntropyBoundSampler(Sampler):
@@ -213,11 +241,13 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "first_hitting": FirstHittingSampler,
     "ancestral": AncestralSampler,
     "confidence": ConfidenceSampler,
+    "sequential": SequentialSampler,
     "entropy_bound": EntropyBoundSampler,
 }
 # The arguments of each sampler that `generate` takes under the same names.
 SAMPLER_ARGUMENTS = {
     "ancestral": ("denoising_steps", "noise_schedule", "remask_cap"),
-    "confidence": ("denoising_steps", "confidence_threshold", "confidence"),
+    "confidence": ("denoising_steps", "confidence_threshold", "confidence", "tokens_per_step", "sub_block_size"),
+    "sequential": ("denoising_steps", "tokens_per_step"),
     "entropy_bound": ("entropy_bound",),
 }

@@ -45,6 +45,7 @@ ON_DEVICE = (
     "test_loss.py",
     "test_modeling.py",
     "test_parity.py",
+    "test_parity_adapted.py",
     "test_peft.py",
     "test_reference.py",
     "test_samplers.py",
@@ -130,11 +131,11 @@ def shared_dir():
 
 @pytest.fixture(scope="session")
 def find_parity_folder(request):
-    """Function name -> folder of a checkpoint in the published format: one lies here, the others in `shared`."""
+    """Function (name, kind) -> folder of a published checkpoint: some lie here, the others in `shared`."""
 
-    def find(name):
-        here = Path(__file__).resolve().parent / "parity" / name
-        return here if here.is_dir() else request.getfixturevalue("shared_dir") / "parity" / name
+    def find(name, kind="parity"):
+        here = Path(__file__).resolve().parent / kind / name
+        return here if here.is_dir() else request.getfixturevalue("shared_dir") / kind / name
 
     return find
 

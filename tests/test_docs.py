@@ -18,13 +18,15 @@ from loopback_hub import LoopbackHub, Repository
 from pages import DOCS, NOT_RUN, PAGES, README, ROOT, commands, read_blocks, run_page
 from quantizing import quantized_share
 from test_conversion import PublishedModel, write_ckpt
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 from bd3lm_hf import (
     SAMPLERS,
     BD3LMConfig,
     BD3LMForMaskedLM,
+    BD3LMGenerationConfig,
     BlockDiffusionConfig,
+    BlockDiffusionForMaskedLM,
     TextInfillingPipeline,
     load_documents,
     train_tokenizer,
@@ -44,6 +46,7 @@ GIVEN = {
     "adapted": ("my-llama", "corpus.txt"),
     "evaluation": ("my-model", "my-gpt2", "corpus.txt", "documents.jsonl", "wiki.test.tokens"),
     "gpus": ("corpus.txt", "docs"),
+    "families": ("SDAR-1.7B-Chat", "my-adapted"),
     "harness": ("bd3lm-demo", "tasks"),
     "trl": ("my-model",),
 }
@@ -95,6 +98,9 @@ def shelf(tmp_path_factory):
     for name in ("bd3lm-demo", "my-model", "my-gpt2"):
         tokenizer.save_pretrained(shelf / name)
 
+    put_adapted_models(shelf, len(tokenizer))
+    for name in ("SDAR-1.7B-Chat", "my-adapted"):
+        tokenizer.save_pretrained(shelf / name)
     (shelf / "README.md").write_text(text, encoding="utf-8")
     (shelf / "corpus.txt").write_text(text * 4, encoding="utf-8")
     (shelf / "wiki.test.tokens").write_text(text[:800], encoding="utf-8")
@@ -111,6 +117,19 @@ def shelf(tmp_path_factory):
     (shelf / "tasks" / "my_task.yaml").write_text(TASK)
     write_lines(shelf / "tasks" / "texts.jsonl", lines)
     return shelf
+
+
+def put_adapted_models(shelf, vocab_size):
+    """A checkpoint of SDAR, which does not say its block size, and an adapted model with shifted logits."""
+    sizes = {"vocab_size": vocab_size, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    stock = AutoModelForCausalLM.from_config(
+        Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    )
+    stock.save_pretrained(shelf / "SDAR-1.7B-Chat")
+    path = shelf / "SDAR-1.7B-Chat" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "sdar"}))
+    adapted = BlockDiffusionForMaskedLM.from_causal_lm(stock, mask_token_id=vocab_size - 1)
+    adapted.save_pretrained(shelf / "my-adapted")
 
 
 def write_lines(path, rows):
@@ -131,6 +150,13 @@ def lose_the_last_checkpoint(command):
 
 
 # What a page claims, beyond running: functions of the names of its Python and of what it printed.
+
+
+def check_families(names, printed):
+    assert names["model"].config.block_size == 4
+    assert BD3LMGenerationConfig.from_pretrained("my-sdar").confidence_threshold == 0.85
+    assert json.loads(Path("served", "config.json").read_text())["architectures"] == ["SDARForCausalLM"]
+    assert json.loads(Path("again", "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
 
 
 def check_readme(names, printed):
@@ -207,6 +233,7 @@ CHECKS = {
     "adapted": check_adapted,
     "app": check_app,
     "evaluation": check_evaluation,
+    "families": check_families,
     "generation": check_generation,
     "gpus": check_gpus,
     "harness": check_harness,
@@ -237,6 +264,9 @@ def test_a_page_runs_from_top_to_bottom(page, shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     # What a page writes is checked, so it is the same each time.
     torch.manual_seed(0)
+    # The engines' mask token has an id beyond tiny vocabularies.
+    mask_token_id = BD3LMConfig.from_pretrained(shelf / "bd3lm-demo").mask_token_id
+    monkeypatch.setattr("bd3lm_hf.hub.export.SDAR_MASK_TOKEN_ID", mask_token_id)
     # A page names a sampler of its own, which other tests must not meet.
     with mock.patch.dict(SAMPLERS):
         names, printed = run_page(page, before=lose_the_last_checkpoint)

@@ -23,10 +23,11 @@ Block diffusion language models: train, evaluate, sample, publish and convert th
   bd3lm app        a page in the browser on which one watches a model write, or a Space of it
   bd3lm convert    bring a published checkpoint, or one of the published training code, into this package's format
   bd3lm adapt      make a block diffusion model of an autoregressive one, such as Llama, Qwen3 or SmolLM2
+  bd3lm export     write an adapted network for a serving engine, or as the autoregressive model again
 
 `bd3lm COMMAND --help` explains a command, with examples."""
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "app", "convert", "adapt")
+COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "app", "convert", "adapt", "export")
 
 
 # By the convention of shells: 128 and the number of the signal.

@@ -48,7 +48,9 @@ def run(argv: Sequence[str]) -> None:
         "--for", dest="target", choices=["sdar"], help="Choose what an engine requires: `sdar` of SGLang and LMDeploy."
     )
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="Type of the weights.")
-    parser.add_argument("--overwrite", action="store_true", help="Write into a folder that holds something.")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace the model, or the file, that DEST is already."
+    )
     args = parser.parse_args(argv)
 
     from ..hub.adaptation import adapt_checkpoint

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from ..evaluation.networks import is_block_diffusion
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig, check_network
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
-from .training_summary import ADAPTER_CONFIG_FILE, SUMMARY_FILE
+from .published_files import replaced_model
 
 
 # What a vocabulary calls a mask token that it does not declare, and the tokens that it keeps for later: those of Llama
@@ -103,26 +103,20 @@ def adapt_checkpoint(
     Args:
         source: Folder, Hub id or .gguf file of a causal language model.
         destination: The folder to write.
-        overwrite: Write into a folder that holds something.
+        overwrite: Take the place of a model in `destination`, nothing of which stays, or of a file.
         kwargs: For [`adapt`].
 
     Raises:
         ValueError: the destination holds something, or is the source; see also [`adapt`].
     """
-    destination = Path(destination)
-    if destination.exists() and not destination.is_dir():
-        raise ValueError(f"`destination` must be a folder, but {destination} is none.")
     here = Path(source).resolve()
-    if destination.resolve() in (here, here.parent if here.suffix == ".gguf" else here):
+    if Path(destination).resolve() in (here, here.parent if here.suffix == ".gguf" else here):
         raise ValueError(f"`destination` must be another folder than `source`, but both are {destination}.")
-    if not overwrite and destination.is_dir() and any(destination.iterdir()):
-        raise ValueError(f"`destination` must be new or empty, but {destination} is not; `overwrite` writes into it.")
+    check_folder("destination", destination, overwrite)
     model, tokenizer = adapt(source, **kwargs)
-    for stale in (ADAPTER_CONFIG_FILE, SUMMARY_FILE):
-        # They would tell of another model.
-        (destination / stale).unlink(missing_ok=True)
-    for part in (model, tokenizer):
-        part.save_pretrained(destination)
+    with replaced_model(destination, overwrite) as folder:
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
     return model, tokenizer
 
 

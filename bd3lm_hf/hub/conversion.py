@@ -3,7 +3,8 @@ Published checkpoints <-> this package's format: one table of names, read in bot
 
 The published format is that of `kuleshov-group/bd3lm-owt-*` and `kuleshov-group/mdlm-owt` on the Hub. Importing the
 package hands the table to Transformers, so that `from_pretrained` of [`BD3LMForMaskedLM`] and [`BD3LMModel`] reads
-such a folder or repository as it is; [`convert_checkpoint`] writes it in this package's format.
+such a folder or repository as it is; [`convert_checkpoint`] writes it in this package's format. Families of adapted
+networks have a table of their own, in `families.py`.
 """
 
 import copy
@@ -21,11 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, WeightTransform
 
-from ..data.replacing import check_folder, replaced_folder
+from ..data.replacing import check_folder
 from ..evaluation.loading import check_finite, load_whole, told_as_value_error
 from ..modeling.configuration_bd3lm import BD3LMConfig
+from ..modeling.configuration_causal_lm import BlockDiffusionConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
-from .published_files import RECORDS, STALE_FILES
+from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
+from .families import fields_of, read_family
+from .published_files import replaced_model
 
 
 # In the order in which the published code registers its parameters: its moving averages are a list in that order.
@@ -59,6 +63,9 @@ PUBLISHED_NAMES = {
 PUBLISHED_BUFFERS = ("backbone.rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
 # What the published training code keeps in its `state_dict` beside the model.
 TRAINING_PREFIXES = ("noise.", "metrics.", "train_metrics.", "valid_metrics.", "test_metrics.", "gen_ppl_metric.")
+
+# The others are of networks of Transformers. Configurations of this kind may lack it.
+PUBLISHED_MODEL_TYPES = ("bd3lm", "mdlm", None)
 
 RESAVING_RECIPE = """\
     import torch
@@ -201,7 +208,8 @@ def convert_checkpoint(
     block_size: int | None = None,
     max_position_embeddings: int | None = None,
     mask_token_id: int | None = None,
-) -> BD3LMForMaskedLM:
+    shift_logits: bool | str | None = None,
+) -> BD3LMForMaskedLM | BlockDiffusionForMaskedLM:
     """
     Writes a published checkpoint in this package's format: weights, configuration, generation configuration, the
     remote code beside them, and the tokenizer if one is given.
@@ -209,18 +217,23 @@ def convert_checkpoint(
     Args:
         source: a folder or a Hub repository id in the published format, or a Lightning `.ckpt` file of the published
             training code. A `.ckpt` is read with `torch.load(weights_only=True)`: its sizes are those of its tensors,
-            the rest comes from `hyper_parameters` if these are plain dictionaries.
+            the rest comes from `hyper_parameters` if these are plain dictionaries. Or a checkpoint of a family of
+            adapted networks, which is written with its own decoding as the generation configuration.
         destination: the folder to write to, new or empty; not `source` itself. An interruption leaves what was there,
             or the whole model.
         tokenizer: the tokenizer of the model, as an object, a folder or a repository id. It is saved beside the model
-            with a mask token, which is added if it has none; its special ids become the model's.
+            with a mask token, which is added if it has none; its special ids become the model's. A family's own, in
+            `source`, is the default there.
         use_ema: take the moving averages of the weights rather than the last step's. A `.ckpt` has both; what lies on
             the Hub has been averaged already.
         overwrite: take the place of a model in `destination`, nothing of which stays, or of a file. What else lies
             there stays.
         num_attention_heads, block_size, max_position_embeddings: what a `.ckpt` without readable `hyper_parameters`
-            does not say. A block size equal to `max_position_embeddings` is a masked diffusion model.
-        mask_token_id: id of the mask token, if the training tokenizer had one of its own; the last id otherwise.
+            does not say. A block size equal to `max_position_embeddings` is a masked diffusion model. A family may
+            leave the block size open.
+        mask_token_id: id of the mask token, if the training tokenizer had one of its own; the last id otherwise. Of a
+            family, where neither its configuration nor its tokenizer says it.
+        shift_logits: of a family, in place of its usual shift; see [`BlockDiffusionConfig`].
 
     Returns:
         The model as it was written.
@@ -239,11 +252,20 @@ def convert_checkpoint(
         "block_size": block_size,
         "max_position_embeddings": max_position_embeddings,
     }
-    if source_path.suffix == ".ckpt" and not source_path.is_dir():
+    is_checkpoint = source_path.suffix == ".ckpt" and not source_path.is_dir()
+    is_folder = not is_checkpoint and not source_path.is_file()
+    if is_folder and fields_of(source).get("model_type") not in PUBLISHED_MODEL_TYPES:
+        options |= {"mask_token_id": mask_token_id, "shift_logits": shift_logits}
+        model, tokenizer = _read_adapted(source, tokenizer, options)
+        _write(destination, overwrite, model, tokenizer)
+        return model
+    if shift_logits is not None:
+        raise ValueError(f"`shift_logits` must be None but for a family of adapted networks, but got {shift_logits}.")
+    if is_checkpoint:
         with told_as_value_error(str(source), "source"):
             model = _load_lightning_checkpoint(source_path, use_ema, options)
         check_finite(model.state_dict().items(), str(source))
-    elif source_path.is_file():
+    elif not is_folder:
         raise ValueError(f"`source` must be a folder, a repository id or a file *.ckpt, but got {str(source)!r}.")
     else:
         given = {name: value for name, value in options.items() if value is not None}
@@ -262,12 +284,32 @@ def convert_checkpoint(
         model.config.mask_token_id = mask_token_id
     if tokenizer is not None:
         tokenizer = _matching_tokenizer(tokenizer, model)
-    stale = (*STALE_FILES, *RECORDS)
-    with replaced_folder("destination", destination, overwrite=overwrite, stale=stale) as folder:
-        for part in (tokenizer, model):
+    _write(destination, overwrite, model, tokenizer)
+    return model
+
+
+def _write(destination: str | os.PathLike, overwrite: bool, *parts: Any) -> None:
+    """Saves a model and its tokenizer, if there is one, in the place of what is at the destination."""
+    with replaced_model(destination, overwrite) as folder:
+        for part in parts:
             if part is not None:
                 part.save_pretrained(folder)
-    return model
+
+
+def _read_adapted(
+    source: str | os.PathLike,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None,
+    options: dict[str, Any],
+) -> tuple[BlockDiffusionForMaskedLM, PreTrainedTokenizerBase | None]:
+    """[`read_family`] with the `options` of [`convert_checkpoint`] that it takes."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if fields_of(source).get("model_type") == BlockDiffusionConfig.model_type:
+        raise ValueError(
+            f"`source` must be a published checkpoint, but {str(source)!r} is in this package's format already."
+        )
+    if surplus := sorted({"num_attention_heads", "max_position_embeddings"} & given.keys()):
+        raise ValueError(f"`{surplus[0]}` must be None for a family of adapted networks, but got {given[surplus[0]]}.")
+    return read_family(source, tokenizer, **given)
 
 
 def _matching_tokenizer(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..data.replacing import replaced_folder
 from ..evaluation.networks import LANGUAGE_MODELS
 from .weights import check_saved_weights
 
@@ -62,6 +63,11 @@ NAMES_OF_CODE = ("auto_map", "custom_pipelines")
 PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 # A module of code that was loaded from a folder.
 REMOTE_CODE = "transformers_modules"
+
+
+def replaced_model(destination: str | Path, overwrite: bool = False):
+    """[`replaced_folder`] for a model: of another that was there, nothing stays."""
+    return replaced_folder("destination", destination, overwrite=overwrite, stale=(*STALE_FILES, *RECORDS))
 
 
 def published_files(folder: str | Path) -> dict[str, Path | bytes]:
