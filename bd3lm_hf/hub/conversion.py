@@ -28,7 +28,7 @@ from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
-from .families import fields_of, read_family
+from .families import fields_of, load_family
 from .published_files import replaced_model
 
 
@@ -301,7 +301,7 @@ def _read_adapted(
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None,
     options: dict[str, Any],
 ) -> tuple[BlockDiffusionForMaskedLM, PreTrainedTokenizerBase | None]:
-    """[`read_family`] with the `options` of [`convert_checkpoint`] that it takes."""
+    """[`load_family`] with the `options` of [`convert_checkpoint`] that it takes."""
     given = {name: value for name, value in options.items() if value is not None}
     if fields_of(source).get("model_type") == BlockDiffusionConfig.model_type:
         raise ValueError(
@@ -309,7 +309,7 @@ def _read_adapted(
         )
     if surplus := sorted({"num_attention_heads", "max_position_embeddings"} & given.keys()):
         raise ValueError(f"`{surplus[0]}` must be None for a family of adapted networks, but got {given[surplus[0]]}.")
-    return read_family(source, tokenizer, **given)
+    return load_family(source, tokenizer, **given)
 
 
 def _matching_tokenizer(

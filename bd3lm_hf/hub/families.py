@@ -266,7 +266,7 @@ def generation_preset(
     return BD3LMGenerationConfig(**family.preset, **ids)
 
 
-def read_family(
+def load_family(
     source: str | os.PathLike, tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None, **given: Any
 ) -> tuple[BlockDiffusionForMaskedLM, PreTrainedTokenizerBase | None]:
     """
