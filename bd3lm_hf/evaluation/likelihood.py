@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, reduce
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..data.collators import BD3LMDataCollator
 from ..data.replacing import write_text
@@ -303,7 +303,7 @@ def load_for_evaluation(
     device = PartialState().device if device is None else device
     # The published checkpoints name types that Transformers doesn't know.
     model_type = model_type_of(model)
-    if model_type in CONFIG_MAPPING and model_type not in LANGUAGE_MODELS:
+    if model_type in CONFIG_MAPPING_NAMES and model_type not in LANGUAGE_MODELS:
         loaded = load_whole(AutoModelForCausalLM, model, device=device, **options)
     else:
         loaded = load_language_model(model, device=device, **options)

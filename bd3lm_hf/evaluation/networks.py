@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
@@ -14,6 +14,8 @@ from .loading import load_whole, model_type_of
 LANGUAGE_MODELS = {
     model_class.config_class.model_type: model_class for model_class in (BD3LMForMaskedLM, BlockDiffusionForMaskedLM)
 }
+# What checkpoints of BD3-LMs call themselves, this package's and the published ones.
+PUBLISHED_MODEL_TYPES = (BD3LMForMaskedLM.config_class.model_type, "mdlm", None)
 # What says of a configuration that its model denoises blocks; remote code has classes of its own.
 FIELDS = ("block_size", "mask_token_id", "noise_schedule", "noise_interval")
 
@@ -36,8 +38,8 @@ def fact_of_network(config: PreTrainedConfig, name: str) -> Any:
 
 def language_model_class(name_or_path: str | Path) -> type[PreTrainedModel]:
     """
-    The class that loads a checkpoint, or an adapter's base: that of the stock networks, or else the published one,
-    which reads the published formats as well.
+    The class that loads a checkpoint, or an adapter's base: that of the published network, in any format of it, or of
+    the stock networks, which reads the published families.
 
     Args:
         name_or_path: Folder or Hub id.
@@ -47,12 +49,12 @@ def language_model_class(name_or_path: str | Path) -> type[PreTrainedModel]:
         OSError: there is no such checkpoint.
     """
     model_type = model_type_of(name_or_path)
-    if model_type in CONFIG_MAPPING and model_type not in LANGUAGE_MODELS:
+    if model_type in CONFIG_MAPPING_NAMES and model_type not in LANGUAGE_MODELS:
         raise ValueError(
             f"`model` must be a block diffusion model, but {str(name_or_path)!r} is a {model_type!r}, which `bd3lm "
             "adapt` makes one of."
         )
-    return LANGUAGE_MODELS.get(model_type, BD3LMForMaskedLM)
+    return BD3LMForMaskedLM if model_type in PUBLISHED_MODEL_TYPES else BlockDiffusionForMaskedLM
 
 
 def load_language_model(name_or_path: str | Path, **options: Any) -> PreTrainedModel:

@@ -8,9 +8,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ..data.replacing import check_folder
 from ..evaluation.networks import is_block_diffusion
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig, check_network
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
+from .export import SDAR_CLASSES, SDAR_MASK_TOKEN, SDAR_MASK_TOKEN_ID
 from .published_files import replaced_model
 
 
@@ -19,8 +21,6 @@ from .published_files import replaced_model
 MASK_TOKEN = re.compile(r"[<|\[]+mask[>|\]]+", re.IGNORECASE)
 UNUSED_TOKEN = re.compile(r"<\|?(reserved|unused|extra|placeholder)[\w ]*\|?>|\[(unused|reserved)\w*\]", re.IGNORECASE)
 NEW_MASK_TOKEN = "<|mask|>"
-# What the engines that serve SDAR (SGLang, LMDeploy) have built in; see `bd3lm export`.
-SDAR = {"mask_token_id": 151669, "mask_token": "<|MASK|>", "networks": ("qwen3", "qwen3_moe")}
 TARGETS = ("sdar",)
 
 
@@ -75,9 +75,9 @@ def adapt(
         hub = {key: kwargs[key] for key in ("revision", "token", "trust_remote_code") if key in kwargs}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **own, **({} if tokenizer else hub))
     set_mask_token(tokenizer, mask_token)
-    if target is not None and tokenizer.mask_token_id != SDAR["mask_token_id"]:
+    if target is not None and tokenizer.mask_token_id != SDAR_MASK_TOKEN_ID:
         raise ValueError(
-            f"`target` 'sdar' takes a tokenizer in which {tokenizer.mask_token!r} has the id {SDAR['mask_token_id']}, "
+            f"`target` 'sdar' takes a tokenizer in which {tokenizer.mask_token!r} has the id {SDAR_MASK_TOKEN_ID}, "
             f"as that of Qwen3 gives it, but here it has {tokenizer.mask_token_id}."
         )
     model = BlockDiffusionForMaskedLM.from_causal_lm(
@@ -159,7 +159,7 @@ def _target_fields(target: str | None, mask_token: str | None, shift_logits: boo
         raise ValueError(f"`target` must be one of {', '.join(TARGETS)}, but got {target!r}.")
     if shift_logits:
         raise ValueError(f"`shift_logits` must be False for `target` 'sdar', but got {shift_logits!r}.")
-    return {"shift_logits": False, "mask_token": mask_token or SDAR["mask_token"]}
+    return {"shift_logits": False, "mask_token": mask_token or SDAR_MASK_TOKEN}
 
 
 def _check_source(source: PreTrainedModel, target: str | None) -> None:
@@ -178,9 +178,9 @@ def _check_source(source: PreTrainedModel, target: str | None) -> None:
             f"`source` must be an autoregressive model, but is a {type(source).__name__}, whose scores depend on "
             "other tokens than those before."
         )
-    if target is not None and text_config.model_type not in SDAR["networks"]:
+    if target is not None and text_config.model_type not in SDAR_CLASSES:
         raise ValueError(
-            f"`target` 'sdar' takes a network of the type {' or '.join(SDAR['networks'])}, which the engines have "
+            f"`target` 'sdar' takes a network of the type {' or '.join(SDAR_CLASSES)}, which the engines have "
             f"built in, but got {text_config.model_type!r}."
         )
 

@@ -24,6 +24,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 
 from ..data.replacing import check_folder
 from ..evaluation.loading import check_finite, load_whole, told_as_value_error
+from ..evaluation.networks import PUBLISHED_MODEL_TYPES
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
@@ -64,8 +65,6 @@ PUBLISHED_BUFFERS = ("backbone.rotary_emb.inv_freq", "sampling_eps_min", "sampli
 # What the published training code keeps in its `state_dict` beside the model.
 TRAINING_PREFIXES = ("noise.", "metrics.", "train_metrics.", "valid_metrics.", "test_metrics.", "gen_ppl_metric.")
 
-# The others are of networks of Transformers. Configurations of this kind may lack it.
-PUBLISHED_MODEL_TYPES = ("bd3lm", "mdlm", None)
 
 RESAVING_RECIPE = """\
     import torch

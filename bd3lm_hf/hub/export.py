@@ -29,7 +29,7 @@ from .published_files import replaced_model
 FORMATS = ("sdar", "causal-lm")
 ENGINES = "SGLang (0.5.x) and LMDeploy (0.16 and later)"
 # Of the tokenizer of SDAR; both engines have it in their code.
-SDAR_MASK_TOKEN_ID = 151669
+SDAR_MASK_TOKEN, SDAR_MASK_TOKEN_ID = "<|MASK|>", 151669
 # Stock model type -> (SDAR's model type, architecture, configuration class, stock configuration class).
 SDAR_CLASSES = {
     "qwen3": ("sdar", "SDARForCausalLM", "SDARConfig", "Qwen3Config"),
