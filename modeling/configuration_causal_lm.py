@@ -141,7 +141,7 @@ def check_network(text_config: PreTrainedConfig) -> None:
     faults[f"has layers of the type {', '.join(kinds)}"] = kinds
     faults["keeps a state of the text (a state space, or linear attention)"] = any(
         hasattr(text_config, name)
-        for name in ("state_size", "ssm_state_size", "mamba_d_state", "linear_num_key_heads")
+        for name in ("state_size", "ssm_state_size", "mamba_d_state", "linear_num_key_heads", "lru_width")
     )
     for fault, holds in faults.items():
         if holds:
