@@ -16,7 +16,7 @@ CONTEXT_FREE_PROCESSORS = (
     generation.TopKLogitsWarper,
     generation.TopPLogitsWarper,
 )
-CONFIDENCES = ("probability", "processed_probability", "margin", "negative_entropy")
+CONFIDENCES = ("probability", "margin", "negative_entropy", "processed_probability")
 
 
 def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
