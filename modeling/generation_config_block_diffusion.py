@@ -60,8 +60,8 @@ class BD3LMGenerationConfig(GenerationConfig):
         remask_cap: of the sampler "ancestral": the largest probability, in [0, 1], that a revealed token is masked
             again at a step (ReMDM); 0 by default.
         confidence_threshold: of the sampler "confidence": reveal every token above this confidence, in (0, 1].
-        confidence: of the sampler "confidence": "probability" (default), "processed_probability" (after temperature,
-            nucleus and the like), "margin" or "negative_entropy".
+        confidence: of the sampler "confidence": "probability" (default), "margin", "negative_entropy" or
+            "processed_probability", which is what temperature, nucleus and the like make of the first.
         tokens_per_step: of the samplers "confidence" and "sequential": reveal so many at a step; with a
             `confidence_threshold` at least so many.
         sub_block_size: of the sampler "confidence": denoise a block in parts of so many tokens from left to right, its

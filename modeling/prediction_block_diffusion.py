@@ -19,7 +19,7 @@ CONTEXT_FREE_PROCESSORS = (
 # Those of sequences of tokens, of which any token may be the last to be revealed.
 BIASES = (generation.SequenceBiasLogitsProcessor, generation.NoBadWordsLogitsProcessor)
 N_GRAM_BANS = (generation.NoRepeatNGramLogitsProcessor, generation.EncoderNoRepeatNGramLogitsProcessor)
-CONFIDENCES = ("probability", "processed_probability", "margin", "negative_entropy")
+CONFIDENCES = ("probability", "margin", "negative_entropy", "processed_probability")
 
 
 def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class ConfidenceSampler(Sampler):
 
 
 class SequentialSampler(ConfidenceSampler):
-    """Reveals tokens from left to right, as many at a step as the [`ConfidenceSampler`] of the same arguments."""
+    """Reveals tokens from left to right: `tokens_per_step`, or by `denoising_steps` as the [`ConfidenceSampler`]."""
 
     def __init__(self, denoising_steps: int | None = None, tokens_per_step: int = 1):
         super().__init__(denoising_steps, confidence=None, tokens_per_step=tokens_per_step)

@@ -72,7 +72,7 @@ def test_fields_given_on_loading_are_checked_like_those_of_a_new_configuration(t
     [
         (
             {"sampler": "magic"},
-            "`sampler` must be one of first_hitting, ancestral, confidence, entropy_bound, or a Sampler",
+            "`sampler` must be one of first_hitting, ancestral, confidence, sequential, entropy_bound, or a Sampler",
         ),
         ({"sampler": "confidence", "denoising_steps": 0}, "`denoising_steps` must be an integer >= 1, but got 0"),
         ({"sampler": "ancestral", "remask_cap": 1.5}, "`remask_cap` must be a number in [0, 1], but got 1.5"),

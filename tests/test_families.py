@@ -284,6 +284,17 @@ def test_conversion_without_a_tokenizer_writes_none_and_takes_one(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "<|MASK|>"
 
 
+def test_conversion_does_not_leave_out_a_tokenizer_that_it_can_not_load(tmp_path):
+    write_family(tmp_path / "source")
+    own_code = {"auto_map": {"AutoTokenizer": ["tokenization_sdar.SDARTokenizer", None]}}
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(own_code))
+    with pytest.raises(ValueError, match="`tokenizer` must be one, .* which it loads without code of its own"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", make_tokenizer("<|MASK|>"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token_id == 39
+
+
 def test_conversion_by_the_command(tmp_path, capsys):
     write_family(tmp_path / "source", "a2d-qwen2")
     command = ["convert", str(tmp_path / "source"), str(tmp_path / "out")]

@@ -23,6 +23,7 @@ from transformers import (
 from ..data.replacing import check_folder
 from ..evaluation.loading import load_whole
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
+from .families import has_tokenizer
 from .published_files import replaced_model
 
 
@@ -100,12 +101,9 @@ def _load_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
-    if tokenizer is not None:
-        return AutoTokenizer.from_pretrained(os.fspath(tokenizer))
-    try:
-        return None if beside is None else AutoTokenizer.from_pretrained(beside)
-    except (OSError, ValueError):
-        return None
+    if tokenizer is None and beside is not None and has_tokenizer(beside):
+        tokenizer = beside
+    return None if tokenizer is None else AutoTokenizer.from_pretrained(os.fspath(tokenizer))
 
 
 def check_causal_lm(model: BlockDiffusionForMaskedLM) -> None:

@@ -204,22 +204,32 @@ def _mask_token_id(
     return mask_token_id
 
 
+def read_json(source: str | os.PathLike, name: str, **hub_arguments: Any) -> dict[str, Any]:
+    """What a file of a folder or repository says; nothing where there is none."""
+    chosen = {name: hub_arguments[name] for name in HUB_ARGUMENTS if hub_arguments.get(name) is not None}
+    # Another fault of the repository shows when the model is loaded.
+    missing_is_no_error = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    path = cached_file(os.fspath(source), name, **missing_is_no_error, **chosen)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def has_tokenizer(source: str | os.PathLike) -> bool:
+    """Whether a tokenizer lies in a folder or repository."""
+    return any(read_json(source, name) for name in ("tokenizer_config.json", "tokenizer.json"))
+
+
 def mask_token_of_folder(source: str | os.PathLike, mask_token: str, **hub_arguments: Any) -> int | None:
     """
     The id of the mask token of the tokenizer in a folder or repository: the one that it declares, otherwise the token
     called `mask_token`; None where there is none. The files are read as data, and no code that lies with them runs.
     """
-    chosen = {name: hub_arguments[name] for name in HUB_ARGUMENTS if hub_arguments.get(name) is not None}
 
     def read(name: str) -> dict[str, Any]:
-        # Whether a file exists is all that is asked; another fault of the repository shows when the model is loaded.
-        missing_is_no_error = {
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_connection_errors": False,
-            "_raise_exceptions_for_gated_repo": False,
-        }
-        path = cached_file(os.fspath(source), name, **missing_is_no_error, **chosen)
-        return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        return read_json(source, name, **hub_arguments)
 
     config = read("tokenizer_config.json")
     declared = config.get("mask_token") or read("special_tokens_map.json").get("mask_token") or mask_token
@@ -285,30 +295,32 @@ def load_family(
         raise ValueError(
             f"`source` must hold the weights of the network {family.network!r} and nothing else, but got {faults}."
         )
-    tokenizer = tokenizer_of_family(source if tokenizer is None else tokenizer, model, is_given=tokenizer is not None)
+    if tokenizer is None and has_tokenizer(source):
+        tokenizer = source
+    if tokenizer is not None:
+        tokenizer = tokenizer_of_family(tokenizer, model)
     model.generation_config = generation_preset(family, model, tokenizer)
     return model, tokenizer
 
 
 def tokenizer_of_family(
-    tokenizer: str | os.PathLike | PreTrainedTokenizerBase, model: BlockDiffusionForMaskedLM, is_given: bool = True
-) -> PreTrainedTokenizerBase | None:
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase, model: BlockDiffusionForMaskedLM
+) -> PreTrainedTokenizerBase:
     """
-    The tokenizer with the model's mask token as its own; None where none was given and there is none.
+    The tokenizer with the model's mask token as its own.
 
     Raises:
-        ValueError: it has no token of the model's `mask_token_id`, or one that was given can't be loaded.
+        ValueError: it has no token of the model's `mask_token_id`, or can't be loaded.
     """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer = copy.deepcopy(tokenizer)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer))
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(tokenizer), trust_remote_code=False)
         except (OSError, ValueError) as error:
-            if not is_given:
-                return None
             raise ValueError(
-                f"`tokenizer` must be a folder or repository of one, but got {str(tokenizer)!r}: {error}"
+                f"`tokenizer` must be one, or a folder or repository from which it loads without code of its own, but "
+                f"got {str(tokenizer)!r}: {error}"
             ) from error
     wanted = model.config.mask_token_id
     if tokenizer.mask_token_id != wanted:
