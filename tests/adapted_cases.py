@@ -47,7 +47,16 @@ TINY = {
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA_2 = {**MIXED, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-OWN_NAMES = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": None}
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+OWN_NAMES = {
+    **NO_DROPOUT,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+}
 # Of each architecture: its configuration and the fields that differ from `TINY`; None for names of its own.
 ARCHITECTURES = {
     "llama": (LlamaConfig, {}),
@@ -97,7 +106,9 @@ def stock_model(name, attn_implementation="sdpa", seed=0, dtype=torch.float32, *
 def adapt(name, attn_implementation="sdpa", block_size=4, seed=0, overrides=None, dtype=torch.float32, **kwargs):
     """A block diffusion model made of `stock_model`, whose last id is the mask token."""
     stock = stock_model(name, attn_implementation, seed, dtype, **(overrides or {}))
-    return BlockDiffusionForMaskedLM.from_causal_lm(stock, block_size=block_size, mask_token_id=MASK, **kwargs)
+    model = BlockDiffusionForMaskedLM.from_causal_lm(stock, block_size=block_size, mask_token_id=MASK, **kwargs)
+    # Of training mode alone is it said that a block's first token is read in the noised stream.
+    return model.train(kwargs.get("shift_logits") == "noisy")
 
 
 def random_ids(num_rows, length, seed=0):

@@ -122,7 +122,7 @@ def test_the_sdar_folder_has_the_fields_and_tensors_that_engines_read(tmp_path, 
 def test_the_mask_id_is_that_of_the_engines():
     # The fixture of this file puts another in its place.
     source = export.__loader__.get_source(export.__name__)
-    assert "SDAR_MASK_TOKEN_ID = 151669" in source
+    assert 'SDAR_MASK_TOKEN, SDAR_MASK_TOKEN_ID = "<|MASK|>", 151669' in source
 
 
 def test_rotary_scaling_is_written_as_engines_read_it(tmp_path):

@@ -280,8 +280,8 @@ def test_conversion_without_a_tokenizer_writes_none_and_takes_one(tmp_path):
     write_family(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out" / "tokenizer.json").exists()
-    convert_checkpoint(tmp_path / "source", tmp_path / "out", make_tokenizer("<|MASK|>", declares_it=False))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").mask_token == "<|MASK|>"
+    convert_checkpoint(tmp_path / "source", tmp_path / "both", make_tokenizer("<|MASK|>", declares_it=False))
+    assert AutoTokenizer.from_pretrained(tmp_path / "both").mask_token == "<|MASK|>"
 
 
 def test_conversion_does_not_leave_out_a_tokenizer_that_it_can_not_load(tmp_path):

@@ -198,12 +198,15 @@ def test_the_table_of_equations_names_functions_that_exist():
 
 # What makes a processor fast has a room of its own, and messages alone speak of the package.
 FOREIGN_TO_MODELING = ("mkldnn", "autograd.Function", "torch.compiler.disable", "untyped_storage", "from bd3lm_hf")
-MOST_LINES_OF_MODELING = 3500
+# The published network with all that every network shares, and what makes a network of a stock model.
+MOST_LINES_OF_MODELING, MOST_LINES_OF_ADAPTED = 3700, 430
 
 
 def test_modeling_is_short_and_plain():
     sources = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("modeling/*.py")}
-    assert sum(len(source.splitlines()) for source in sources.values()) <= MOST_LINES_OF_MODELING
+    lengths = {name: len(source.splitlines()) for name, source in sources.items()}
+    adapted = sum(length for name, length in lengths.items() if name.endswith("_causal_lm.py"))
+    assert sum(lengths.values()) - adapted <= MOST_LINES_OF_MODELING and adapted <= MOST_LINES_OF_ADAPTED
     for name, source in sources.items():
         assert not [word for word in FOREIGN_TO_MODELING if word in source], name
 

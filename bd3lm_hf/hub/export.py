@@ -75,11 +75,11 @@ def export_checkpoint(
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, but got {format!r}.")
-    check_folder("destination", destination, overwrite)
     name = None if isinstance(model, PreTrainedModel) else os.fspath(model)
     if name is not None:
         if Path(name).exists() and Path(name).resolve() == Path(destination).resolve():
             raise ValueError(f"`destination` must be another folder than `model`, but both are {name!r}.")
+        check_folder("destination", destination, overwrite)
         model = load_whole(BlockDiffusionForMaskedLM, name, dtype="auto")
     if not isinstance(model, BlockDiffusionForMaskedLM):
         raise ValueError(f"`model` must be a BlockDiffusionForMaskedLM, but got a {type(model).__name__}.")
