@@ -175,6 +175,28 @@ def test_adapters_are_trained_saved_loaded_and_merged(name, options, tmp_path):
     close(scores(BlockDiffusionForMaskedLM.from_pretrained(tmp_path / "merged")), scores(merged))
 
 
+def test_an_adapter_is_trained_on_a_quantized_network(tmp_path):
+    peft = pytest.importorskip("peft")
+    if not is_installed("bitsandbytes"):
+        pytest.skip("needs bitsandbytes, which is not installed")
+    stock = stock_model("llama", hidden_size=128, intermediate_size=128, head_dim=64)
+    stock.save_pretrained(tmp_path)
+    quantization_config = QUANTIZERS["bitsandbytes-nf4"].config()
+    source = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization_config)
+    adapted = BlockDiffusionForMaskedLM.from_causal_lm(source, mask_token_id=MASK)
+    model = peft.prepare_model_for_kbit_training(adapted)
+    assert model.is_loaded_in_4bit and model.is_gradient_checkpointing
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        losses.append(model(input_ids=IDS, labels=IDS, noise_interval=(0.5, 0.9)).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
 @pytest.mark.parametrize("name", ["bitsandbytes-int8", "bitsandbytes-nf4", "torchao-int8"])
 def test_quantized_models_load_adapt_and_score_nearly_as_before(name, tmp_path):
     quantizer = QUANTIZERS[name]
@@ -197,4 +219,6 @@ def test_quantized_models_load_adapt_and_score_nearly_as_before(name, tmp_path):
     # What was adapted while quantized is saved and loaded as such.
     adapted.save_pretrained(tmp_path / "quantized")
     again = BlockDiffusionForMaskedLM.from_pretrained(tmp_path / "quantized")
+    assert not any("quantization_config" in vars(part.config.text_config) for part in (adapted, again))
+    assert type(again.model.layers[0].mlp.up_proj.weight) is type(adapted.model.layers[0].mlp.up_proj.weight)
     close(scores(again), scores(adapted))
