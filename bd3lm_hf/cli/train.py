@@ -124,7 +124,7 @@ class ModelArguments:
     lora_rank: int | None = field(
         default=None,
         metadata={
-            "help": "Train a LoRA adapter of this rank on all linear layers of --model; of an adapted network, on "
+            "help": "Train a LoRA adapter of this rank on all linear layers of --model; in an adapted network, on "
             "the mask token's embedding as well."
         },
     )
