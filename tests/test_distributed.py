@@ -13,6 +13,7 @@ from conftest import random_model, tiny_config
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from training_script import random_lengths, read_log, train
+from transformers import AutoModelForMaskedLM
 
 from bd3lm_hf import BD3LMForMaskedLM
 from bd3lm_hf.training.checks import check_fsdp_plugin
@@ -41,6 +42,15 @@ CUT_BATCH = {
     "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 3,
 }
+# A network of Transformers, with what reaches into its pass and its optimizer.
+ADAPTED = {
+    "model": {"adapted": {"block_size": 4, "clean_attention": "causal"}},
+    "autoregressive_loss_weight": 0.5,
+    "mask_token_learning_rate": 1e-3,
+    "noise_level_per": "row",
+    "eval_steps": 6,
+    "loss_weight": "uniform",
+}
 # Rank 0 of two has more tokens to predict than are projected at once, rank 1 has not.
 UNEQUAL = {
     **WHOLE_BATCH,
@@ -60,7 +70,7 @@ def assert_same_run(folder, expected_folder, tolerance):
         assert entry.pop("interval") == expected.pop("interval")
         assert entry.pop("ema") is not None and expected.pop("ema") is not None
         assert entry == pytest.approx(expected, rel=tolerance, abs=tolerance)
-    model, expected = (BD3LMForMaskedLM.from_pretrained(run / "final") for run in (folder, expected_folder))
+    model, expected = (AutoModelForMaskedLM.from_pretrained(run / "final") for run in (folder, expected_folder))
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=tolerance)
 
 
@@ -90,6 +100,7 @@ def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_process")
     train(folder / "plain", **WHOLE_BATCH)
     train(folder / "complementary", **WHOLE_BATCH, **NOISES["complementary"])
+    train(folder / "adapted", **WHOLE_BATCH | ADAPTED)
     train(folder / "tied", **WHOLE_BATCH, model={"tie_word_embeddings": True})
     train(folder / "unequal", **UNEQUAL | {"per_device_train_batch_size": 128})
     return folder
@@ -100,6 +111,7 @@ def two_processes(tmp_path_factory):
     jobs = {
         "plain": CUT_BATCH,
         "complementary": {**CUT_BATCH, **NOISES["complementary"], "gradient_checkpointing": True},
+        "adapted": CUT_BATCH | ADAPTED,
     }
     return launch(tmp_path_factory.mktemp("two_processes"), jobs, "--multi_gpu", "--num_processes", "2")
 
@@ -112,6 +124,7 @@ def fsdp2(tmp_path_factory):
         "plain": CUT_BATCH,
         "resumed": {**CUT_BATCH, "resume": str(folder / "plain" / "checkpoint-4")},
         "tied": {**CUT_BATCH, "model": {"tie_word_embeddings": True}},
+        "adapted": CUT_BATCH | ADAPTED,
         "unequal": UNEQUAL | {"per_device_train_batch_size": 64},
         "checkpointing": {**CUT_BATCH, "gradient_checkpointing": True},
         "fsdp_checkpointing": {**CUT_BATCH, **fsdp_checkpointing},
@@ -121,7 +134,7 @@ def fsdp2(tmp_path_factory):
     return launch(folder, jobs, "--config_file", str(DOCS / "fsdp2.yaml"), "--num_processes", "2")
 
 
-@pytest.mark.parametrize("name", ["plain", "complementary"])
+@pytest.mark.parametrize("name", ["plain", "complementary", "adapted"])
 def test_two_processes_equal_one_process(one_process, two_processes, name):
     assert_same_run(two_processes / name, one_process / name, 1e-5)
     assert [entry["eval_nelbo"] for entry in read_log(two_processes / name) if "eval_nelbo" in entry]
@@ -142,9 +155,9 @@ def test_a_checkpoint_is_called_whole_when_every_process_has_written_its_part(tw
         assert "trainer_state.json" not in files
 
 
-@pytest.mark.parametrize("name", ["plain", "tied", "checkpointing", "fsdp_checkpointing"])
+@pytest.mark.parametrize("name", ["plain", "tied", "adapted", "checkpointing", "fsdp_checkpointing"])
 def test_two_sharded_processes_equal_one_process(one_process, fsdp2, name):
-    expected = one_process / (name if name == "tied" else "plain")
+    expected = one_process / (name if name in ("tied", "adapted") else "plain")
     assert_same_run(fsdp2 / name, expected, 1e-5)
     averages = (load_file(run / "checkpoint-4" / "ema.safetensors") for run in (fsdp2 / name, expected))
     assert {tensor: weight.shape for tensor, weight in next(averages).items()} == {

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from adapted import save_causal_lm
 from conftest import randomize
 from loopback_hub import LoopbackHub, Repository
 from pages import DOCS, NOT_RUN, PAGES, README, ROOT, commands, read_blocks, run_page
@@ -19,7 +20,15 @@ from quantizing import quantized_share
 from test_conversion import PublishedModel, write_ckpt
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bd3lm_hf import SAMPLERS, BD3LMConfig, BD3LMForMaskedLM, TextInfillingPipeline, load_documents, train_tokenizer
+from bd3lm_hf import (
+    SAMPLERS,
+    BD3LMConfig,
+    BD3LMForMaskedLM,
+    BlockDiffusionConfig,
+    TextInfillingPipeline,
+    load_documents,
+    train_tokenizer,
+)
 from bd3lm_hf.cli.train import train_arguments
 
 
@@ -32,6 +41,7 @@ GIVEN = {
     "README": ("bd3lm-demo", "README.md"),
     "quickstart": ("bd3lm-demo", "README.md", "docs"),
     "training": ("corpus.txt", "examples.jsonl"),
+    "adapted": ("my-llama", "corpus.txt"),
     "evaluation": ("my-model", "my-gpt2", "corpus.txt", "documents.jsonl", "wiki.test.tokens"),
     "gpus": ("corpus.txt", "docs"),
     "harness": ("bd3lm-demo", "tasks"),
@@ -39,6 +49,7 @@ GIVEN = {
 }
 # The optional packages of a page, as modules, and the extra that brings them.
 NEEDS = {
+    "adapted": ("peft", "peft"),
     "app": ("gradio", "app"),
     "harness": ("lm_eval", "lm-eval"),
     "plots": ("matplotlib", "plots"),
@@ -80,6 +91,7 @@ def shelf(tmp_path_factory):
         (shelf / name / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
     gpt2 = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=1)
     GPT2LMHeadModel(gpt2).save_pretrained(shelf / "my-gpt2")
+    save_causal_lm(shelf / "my-llama", max_position_embeddings=128)
     for name in ("bd3lm-demo", "my-model", "my-gpt2"):
         tokenizer.save_pretrained(shelf / name)
 
@@ -126,6 +138,15 @@ def check_readme(names, printed):
     assert names["fast"].tokens_per_forward.item() > 1
     assert Path("my-model", "modeling_bd3lm.py").exists()
     assert "nats per token" in printed
+
+
+def check_adapted(names, printed):
+    assert "the same greedy text: True" in printed
+    assert names["difference"] < 1e-4
+    assert BlockDiffusionConfig.from_pretrained("my-trained-llama").block_size == 4
+    before, after = (float(line) for line in printed.splitlines() if re.fullmatch(r"\d+\.\d+", line))
+    assert after < before
+    assert Path("my-adapter", "adapter_model.safetensors").is_file()
 
 
 def check_generation(names, printed):
@@ -183,6 +204,7 @@ def check_quantization(names, printed):
 
 CHECKS = {
     "README": check_readme,
+    "adapted": check_adapted,
     "app": check_app,
     "evaluation": check_evaluation,
     "generation": check_generation,

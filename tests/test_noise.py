@@ -23,9 +23,8 @@ WAYS = {
     "bernoulli, 2 copies": NoiseSampler(num_copies=2),
     "exact count, 3 copies": NoiseSampler(masking="exact_count", num_copies=3),
     "complementary": NoiseSampler(num_copies=2, complementary=True),
-    "bernoulli, t of a row": NoiseSampler(noise_level_per="row"),
-    "exact count, t of a document": NoiseSampler(masking="exact_count", noise_level_per="document"),
-    "complementary, t of a row": NoiseSampler(num_copies=2, complementary=True, noise_level_per="row"),
+    "bernoulli, 2 copies, t of a row": NoiseSampler(num_copies=2, noise_level_per="row"),
+    "complementary, t of a document": NoiseSampler(num_copies=2, complementary=True, noise_level_per="document"),
 }
 way = pytest.mark.parametrize("sampler", WAYS.values(), ids=WAYS)
 

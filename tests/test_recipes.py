@@ -77,13 +77,13 @@ def nats(logits, token):
     return -logits.index_fill(-1, torch.tensor(MASK), -torch.inf).log_softmax(-1)[token]
 
 
-def dense_loss(stock, config, noise, x_0, documents, weight_of, autoregressive_weight=0.0):
+def dense_loss(stock, config, noise, x_0, labels, documents, weight_of, autoregressive_weight=0.0):
     """The sum over masked tokens, one by one, divided by the number of those to be predicted."""
     total, num_predicted = 0.0, 0
     num_copies = noise.x_t.shape[1] // LENGTH
     for row, copies in enumerate(noise.x_t.unflatten(1, (num_copies, LENGTH))):
         positions = positions_of(documents[row])
-        predicted = [i for i in range(LENGTH) if positions[i] > 0]
+        predicted = [i for i in range(LENGTH) if positions[i] > 0 and labels[row, i] != -100]
         num_predicted += len(predicted)
         for number, x_t in enumerate(copies):
             options = (documents[row], config.block_size, config.clean_attention)
@@ -147,14 +147,17 @@ def test_the_loss_and_its_gradient_are_those_written_out_by_hand(make_trainer, r
     draw = trainer.noise_sampler.draw
     trainer.noise_sampler.draw = lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1]
     x_0 = torch.tensor([row["input_ids"] for row in rows(2)])
-    inputs = trainer._with_labels({"input_ids": x_0, "document_ids": torch.tensor(DOCUMENTS)})
+    # The first row begins with a prompt.
+    labels = x_0.clone()
+    labels[0, :3] = -100
+    inputs = trainer._with_labels({"input_ids": x_0, "labels": labels, "document_ids": torch.tensor(DOCUMENTS)})
     loss = trainer.compute_loss(model, inputs)
     loss.backward()
     (noise,) = drawn
     assert (noise.x_t == MASK).sum() > 4
     weight_of = weights_of(recipe, noise, DOCUMENTS, 3)
     autoregressive_weight = recipe.get("autoregressive_loss_weight", 0.0)
-    expected = dense_loss(stock, model.config, noise, x_0, DOCUMENTS, weight_of, autoregressive_weight)
+    expected = dense_loss(stock, model.config, noise, x_0, labels, DOCUMENTS, weight_of, autoregressive_weight)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for (name, parameter), stock_parameter in zip(model.named_parameters(), stock.parameters(), strict=True):
@@ -253,6 +256,16 @@ def test_with_an_adapter_the_mask_token_s_row_is_trained_if_it_is_named(make_tra
     plain, faster = change(), change(mask_token_learning_rate=3e-2)
     torch.testing.assert_close(faster[1], 3 * plain[1], rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(faster[0], plain[0], rtol=0, atol=0)
+
+
+def test_checkpointed_activations_give_the_same_training(make_trainer):
+    weights = []
+    for checkpointing in (False, True):
+        model = adapted_lm(block_size=3)
+        make_trainer(model, gradient_checkpointing=checkpointing, **RECIPES["autoregressive, complementary"]).train()
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    assert model.is_gradient_checkpointing
 
 
 def test_blocks_grow_from_1_and_the_optimizer_goes_on(make_trainer):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, patch_environment
+from adapted import adapted_lm
 from conftest import random_model
 from transformers import TrainerCallback, TrainerState, modeling_utils
 
@@ -146,7 +147,8 @@ def train(
     Args:
         output_dir: where checkpoints, logs and the final model go.
         resume: as `resume_from_checkpoint`.
-        model: by default a tiny one; overrides of its configuration, or another.
+        model: by default a tiny one; overrides of its configuration, or arguments of `adapted_lm` as "adapted", or
+            another.
         kill: the step after which to die, or the arguments of `kill_while_writing`, or [] to die while deleting.
         lengths: of the random texts to train on, by default 24 of different ones.
         arguments: those of training.
@@ -173,8 +175,9 @@ def train(
         assert arguments.distributed_state.device.type == "cpu"
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-    if not isinstance(model, BD3LMForMaskedLM):
-        model = random_model(attn_implementation="sdpa", **(model or {}))
+    if not isinstance(model, torch.nn.Module):
+        adapted = (model or {}).get("adapted")
+        model = random_model(attn_implementation="sdpa", **(model or {})) if adapted is None else adapted_lm(**adapted)
     recorder = Recorder(output_dir / f"log_{arguments.process_index}.jsonl")
     trainer = BD3LMTrainer(
         model,

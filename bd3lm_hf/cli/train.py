@@ -122,7 +122,11 @@ class ModelArguments:
         metadata={"help": "Continue from this checkpoint (folder or Hub id). Without it a new model is trained."},
     )
     lora_rank: int | None = field(
-        default=None, metadata={"help": "Train a LoRA adapter of this rank on all linear layers of --model."}
+        default=None,
+        metadata={
+            "help": "Train a LoRA adapter of this rank on all linear layers of --model; in an adapted network, on "
+            "the mask token's embedding as well."
+        },
     )
     use_dora: bool = field(default=False, metadata={"help": "Decompose the adapted weights (DoRA)."})
     hidden_size: int | None = _config_field("Width of the residual stream.")
@@ -381,11 +385,15 @@ def _load_or_create_model(data_args, model_args, tokenizer, training_args):
 
 
 def _adapted(model, model_args: ModelArguments):
+    from ..evaluation.networks import stock_config
+
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("--lora_rank needs the package peft: pip install 'bd3lm-hf[peft]'") from error
 
+    # The mask token that an adapted network was given has an embedding to learn, too.
+    is_adapted = stock_config(model.config) is not None
     config = LoraConfig(
         # What PEFT calls a model that generates text; its Auto class loads the adapter together with the base.
         task_type="CAUSAL_LM",
@@ -393,6 +401,7 @@ def _adapted(model, model_args: ModelArguments):
         lora_alpha=2 * model_args.lora_rank,
         target_modules="all-linear",
         use_dora=model_args.use_dora,
+        trainable_token_indices=[model.config.mask_token_id] if is_adapted else None,
     )
     return get_peft_model(model, config)
 

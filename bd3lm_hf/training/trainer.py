@@ -307,7 +307,10 @@ class BD3LMTrainer(PublishingMixin, Trainer):
         self.save_summary(output_dir, is_checkpoint=True)
 
     def save_summary(self, folder: str | Path, is_checkpoint: bool = False) -> TrainingSummary | None:
-        """As `PublishingMixin.save_summary`, with the number of predicted tokens, which the state holds, too."""
+        """
+        As `PublishingMixin.save_summary`, of the model in a `folder`, which may be a checkpoint (`is_checkpoint`); the
+        number of predicted tokens goes into the state, too.
+        """
         if self.args.include_num_input_tokens_seen == "no":
             self.state.num_input_tokens_seen += int(self._num_new_tokens)
         self._num_new_tokens = 0
