@@ -57,11 +57,9 @@ class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedMod
             raise ValueError("`timesteps` must be None for a network that is told no noise level, but got some.")
         limit, position_ids = self.config.max_position_embeddings, inputs["position_ids"]
         has_table = limit is not None and not hasattr(self.base_model, "rotary_emb")
-        if has_table and not position_ids.is_meta and int(position_ids.max()) >= limit:
-            raise ValueError(
-                f"`position_ids` must be below {limit}, for the network has learned so many positions, but got "
-                f"{int(position_ids.max())}."
-            )
+        if has_table and not position_ids.is_meta and (largest := int(position_ids.max())) >= limit:
+            rule = f"below {limit}, for the network has learned so many positions"
+            raise ValueError(f"`position_ids` must be {rule}, but got {largest}.")
         inputs.update({CACHE_NAME: cache, "use_cache": cache is not None})
         return self.base_model(return_dict=True, **inputs)
 
@@ -95,10 +93,8 @@ class BlockDiffusionModel(BlockDiffusionPreTrainedModel):
         check_one_input(input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache()
-        given, text = (
-            input_ids if inputs_embeds is None else inputs_embeds,
-            (attention_mask, position_ids, document_ids),
-        )
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        text = (attention_mask, position_ids, document_ids)
         position_ids, attention_mask = prepare_denoising(self.config, given, self.dtype, text, cache)
         kwargs.update(position_ids=position_ids, attention_mask=attention_mask, cache=cache)
         outputs = self._network(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -172,6 +168,11 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
             kind, given = (type(part.base_model).__name__ for part in (adapted, model))
             raise ValueError(f"`model` must have the network {kind}, of text alone and unwrapped, but got {given}.")
         adapted._take_modules(model)
+        # What says that the source was quantized or dispatched.
+        kept = [name for name in vars(model) if name.startswith(("hf_", "is_loaded", "is_quantized", "quantization"))]
+        vars(adapted).update({name: vars(model)[name] for name in kept})
+        if "quantization_config" in vars(text_config):
+            config.quantization_config = vars(text_config).pop("quantization_config")
         adapted.post_init()
         if adapted.device.type != "meta" and attention != "flex_attention":
             adapted.eval()._check_network(model.eval())
@@ -203,10 +204,8 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         finally:
             vars(self.config).update(fields)
         if fault is not None:
-            raise ValueError(
-                "`model` must be of a network and a head that score by the mask, positions and cache they are given, "
-                f"but got {type(stock).__name__}, which gives {fault}."
-            )
+            rule = "of a network and a head that score by the mask, positions and cache they are given"
+            raise ValueError(f"`model` must be {rule}, but got {type(stock).__name__}, which gives {fault}.")
 
     def get_output_embeddings(self) -> nn.Module:
         return getattr(self, self._head_name)

@@ -15,7 +15,7 @@ from bd3lm_hf import BlockDiffusionConfig, BlockDiffusionModel
 
 
 # One with two types of layers, and one whose weights are tied.
-NAMES = ["gemma3", "qwen3"]
+NAMES = ["gemma3", pytest.param("qwen3", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=NAMES)
