@@ -68,7 +68,7 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
                 setattr(self, field, getattr(self.text_config, field, None))
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
-        self.noise_interval = tuple(self.noise_interval)
+        self.noise_interval = tuple(value) if isinstance(value := self.noise_interval, list) else value
         super().__post_init__(**kwargs)
         self.validate()
 
@@ -110,14 +110,17 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
+        """Ids that the embeddings have a row for, the mask token's among them."""
         return self.text_config.vocab_size
 
     @property
     def hidden_size(self) -> int:
+        """Width of the network's residual stream."""
         return self.text_config.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
+        """Layers of the network."""
         return self.text_config.num_hidden_layers
 
     @property

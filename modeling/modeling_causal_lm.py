@@ -89,7 +89,11 @@ class BlockDiffusionModel(BlockDiffusionPreTrainedModel):
         document_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> NetworkOutput:
-        """A denoising pass that gives a `last_hidden_state` [batch, length, hidden]; see [`BlockDiffusionLMMixin`]."""
+        """
+        A denoising pass that gives a `last_hidden_state` [batch, length, hidden]. `input_ids` or `inputs_embeds`,
+        `attention_mask`, `position_ids`, `cache`, `use_cache`, `document_ids`, `kwargs` and the ValueError are those
+        of [`BlockDiffusionLMMixin.forward`].
+        """
         check_one_input(input_ids, inputs_embeds)
         if use_cache and cache is None:
             cache = DynamicCache()
@@ -208,6 +212,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
             raise ValueError(f"`model` must be {rule}, but got {type(stock).__name__}, which gives {fault}.")
 
     def get_output_embeddings(self) -> nn.Module:
+        """The head, under whatever name the stock class has it."""
         return getattr(self, self._head_name)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -251,6 +256,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         return self._capped(super()._logits(hidden_states))
 
     def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
+        """As the mixin's of `hidden_states`, `labels` and `masked`, of bounded logits and `predicts_mask_token` too."""
         is_capped = getattr(self.config.text_config, "final_logit_softcapping", None) is not None
         # What is reported as likelihood, in evaluation mode, gives the mask token no probability.
         is_scored = self.training and self.config.predicts_mask_token

@@ -18,7 +18,8 @@ from transformers import (
 
 from bd3lm_hf import BlockDiffusionForMaskedLM, adapt, evaluate_likelihood
 from bd3lm_hf.cli import main
-from bd3lm_hf.hub.adaptation import SDAR, adapt_checkpoint, set_mask_token
+from bd3lm_hf.hub.adaptation import adapt_checkpoint, set_mask_token
+from bd3lm_hf.hub.export import SDAR_MASK_TOKEN_ID
 
 
 TEXT = "Block by block, and left to right."
@@ -162,7 +163,7 @@ def test_a_gguf_file_is_read_with_its_tokenizer(path, given, folder):
 def large_tokenizer():
     """As many tokens as Qwen3's tokenizer has, without a mask token."""
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"<{number}>" for number in range(SDAR["mask_token_id"] - len(tokenizer))])
+    tokenizer.add_tokens([f"<{number}>" for number in range(SDAR_MASK_TOKEN_ID - len(tokenizer))])
     return tokenizer
 
 
