@@ -256,7 +256,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         return self._capped(super()._logits(hidden_states))
 
     def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
-        """As the mixin's of `hidden_states`, `labels` and `masked`, of bounded logits and `predicts_mask_token` too."""
+        """As the mixin's, of `hidden_states` [num_masked, hidden], `labels` and `masked`; logits may be bounded."""
         is_capped = getattr(self.config.text_config, "final_logit_softcapping", None) is not None
         # What is reported as likelihood, in evaluation mode, gives the mask token no probability.
         is_scored = self.training and self.config.predicts_mask_token

@@ -131,7 +131,7 @@ def test_the_command_writes_a_folder_that_everything_reads(source, tmp_path, cap
 def test_a_folder_that_holds_something_is_written_into_only_if_asked(source, tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert main(["adapt", str(source), str(tmp_path)]) == 2
-    assert "`destination` must be new or empty" in capsys.readouterr().err
+    assert "`destination` must be a new or an empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
     assert main(["adapt", str(source), str(tmp_path), "--overwrite"]) == 0
     # What would be read along with it is gone.
