@@ -13,18 +13,14 @@ class CommitCache(Cache):
     A view of a cache whose `update` writes only the first `num_commit` incoming positions and returns all of them.
 
     With 0 a denoising pass reads the cache and leaves it as is. With n, the pass over [n clean tokens ; noisy block]
-    commits the clean tokens and denoises the block in one forward; the attention code is unaware of it.
-
-    The `cache` is a dynamic, static or dynamic sliding one; others of Transformers' are called the same way. Static
-    sliding layers are refused. `num_commit` positions are written at each forward. Of the columns that are returned
-    `seen` may leave out those that the mask leaves out as well.
+    commits the clean tokens and denoises the block in one forward; the attention code is unaware of it. The `cache` is
+    a dynamic, static or dynamic sliding one; others of Transformers' are called the same way. Static sliding layers
+    are refused. `seen` may leave out columns that the mask leaves out as well.
     """
 
     def __init__(self, cache: Cache, num_commit: int, seen: slice | None = None):
         self.__dict__.update(vars(cache))
-        self.cache = cache
-        self.num_commit = num_commit
-        self.seen = seen
+        self.cache, self.num_commit, self.seen = cache, num_commit, seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cache.get_seq_length(layer_idx)
@@ -32,9 +28,7 @@ class CommitCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.cache.get_mask_sizes(query_length, layer_idx)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
         """
         As `Cache.update`, but that all positions after the first `num_commit` are returned without being kept: keys
         and values [batch, heads, cached + length, head_dim]. Raises a ValueError for layers static and sliding.
@@ -47,9 +41,6 @@ class CommitCache(Cache):
         if num_transient <= 0:
             return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
-        is_empty = layer is None or not layer.is_initialized
-        if self.num_commit == 0 and is_empty and not isinstance(layer, StaticLayer):
-            return key_states, value_states
         if isinstance(layer, StaticSlidingWindowLayer):
             raise ValueError(
                 "`cache` must not have static sliding layers, but got some; take `StaticCache` or `DynamicCache`."
@@ -59,17 +50,18 @@ class CommitCache(Cache):
             states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
             layer.cumulative_length.sub_(num_transient)
             return states
+        if self.num_commit == 0 and (layer is None or not layer.is_initialized):
+            return key_states, value_states
         if isinstance(layer, WindowLayer) and not self.cache.offloading:
             return layer.read(key_states, value_states, self.num_commit)
-        states = (key_states, value_states)
+        sizes = (self.num_commit, num_transient)
+        (keys, more_keys), (values, more_values) = (part.split(sizes, dim=-2) for part in (key_states, value_states))
         is_plain_layer = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
         if self.num_commit == 0 and is_plain_layer and not self.cache.offloading:
-            cached = (layer.keys, layer.values)
+            keys, values = layer.keys, layer.values
         else:
-            committed = (part[:, :, : self.num_commit] for part in states)
-            cached = self.cache.update(*committed, layer_idx, *args, **kwargs)
-        transient = (part[:, :, self.num_commit :] for part in states)
-        return tuple(torch.cat(parts, dim=-2) for parts in zip(cached, transient))
+            keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
+        return torch.cat([keys, more_keys], dim=-2), torch.cat([values, more_values], dim=-2)
 
 
 def read_whole_text(cache: Cache, max_cache_len: int = 0) -> None:
@@ -92,16 +84,15 @@ def read_whole_text(cache: Cache, max_cache_len: int = 0) -> None:
 
 class WindowLayer(DynamicSlidingWindowLayer):
     """
-    A sliding layer of fixed capacity that is written in place, and whose window may be widened while it is in use.
-
-    Keys and values are views of buffers [batch, heads, capacity, head_dim]. Positions are added at their end, also the
+    A sliding layer of fixed capacity that is written in place, and whose window may be widened while it is in use. Its
+    keys and values are views of buffers [batch, heads, capacity, head_dim]. Positions are added at their end, also the
     transient ones of a denoising pass, which the next pass overwrites. A full one is left for another.
     """
 
     def __init__(self, window: int):
         # Transformers counts the token that is being predicted as part of the window.
         super().__init__(sliding_window=window + 1)
-        self._buffers: list[_Buffer] = []
+        self._buffers = [_Buffer(), _Buffer()]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         num_held = self.keys.shape[-2] if self.cumulative_length else 0
@@ -110,7 +101,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
     def reset(self) -> None:
         self.is_initialized = False
         self.cumulative_length = 0
-        self._buffers = []
+        self._buffers = [_Buffer(), _Buffer()]
 
     def widen(self, window: int) -> None:
         """Keeps at least so many positions from now on."""
@@ -124,8 +115,6 @@ class WindowLayer(DynamicSlidingWindowLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
-        if not self._buffers:
-            self._buffers = [_Buffer(), _Buffer()]
         num_kept = self.keys.shape[-2] + num_commit
         kept = slice(max(0, num_kept - self.sliding_window + 1), num_kept)
         pairs = zip(self._buffers, (self.keys, self.values), (key_states, value_states))
@@ -138,10 +127,9 @@ class WindowLayer(DynamicSlidingWindowLayer):
 class _Buffer:
     """Memory for the keys or the values of a [`WindowLayer`], and which part of it the layer holds."""
 
-    def __init__(self):
-        self.memory: Tensor | None = None
-        self.held: Tensor | None = None
-        self.start = 0
+    memory: Tensor | None = None
+    held: Tensor | None = None
+    start = 0
 
     def extended(self, held: Tensor, states: Tensor) -> Tensor:
         """`held`, then `states` [batch, heads, length, head_dim]: in place where `held` lies in a buffer with room."""
@@ -149,9 +137,8 @@ class _Buffer:
             # What is kept for a gradient must not be overwritten.
             self.memory = None
             return torch.cat([held, states], dim=-2)
-        num_held = held.shape[-2]
+        memory, num_held = self.memory, held.shape[-2]
         length = num_held + states.shape[-2]
-        memory = self.memory
         is_writable = (
             memory is not None
             # Methods of Transformers' caches put other tensors in its place: of rows reordered, say.
@@ -163,11 +150,11 @@ class _Buffer:
         if not is_writable:
             shape = (*states.shape[:2], length + max(num_held // 4, 64), states.shape[-1])
             dtype = torch.promote_types(held.dtype, states.dtype)
-            self.memory = memory = torch.empty(shape, dtype=dtype, device=states.device)
-            self.start = 0
-            memory[:, :, :num_held] = held
-        memory[:, :, self.start + num_held : self.start + length] = states
-        return memory[:, :, self.start : self.start + length]
+            self.memory, self.start = torch.empty(shape, dtype=dtype, device=states.device), 0
+            self.memory[:, :, :num_held] = held
+        full = self.memory[:, :, self.start : self.start + length]
+        full[:, :, num_held:] = states
+        return full
 
     def keep(self, states: Tensor, kept: slice) -> Tensor:
         """The part of what `extended` returned that the layer holds from now on."""

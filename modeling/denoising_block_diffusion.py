@@ -5,16 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessorList
+from transformers import Cache, GenerationConfig
 
-from .attention_block_diffusion import (
-    DOCUMENT_STRIDE,
-    PADDING_BLOCK,
-    MaskKind,
-    Tokens,
-    block_diffusion_mask,
-    token_block_ids,
-)
+from .attention_block_diffusion import PADDING_BLOCK, MaskKind, Tokens, block_diffusion_mask, token_block_ids
 from .cache_block_diffusion import CommitCache
 from .diffusion_block_diffusion import sigma_from_mask_probability
 from .guidance_block_diffusion import Guidance
@@ -25,25 +18,20 @@ from .samplers_block_diffusion import BlockNoise, Sampler
 from .two_stream_block_diffusion import flagged_first
 
 
-# Tokens of a text that a forward reads, in whole blocks: enough for full-speed matrix products, while a mask for each
-# of them, the window and the piece itself stays small however long the text is, and linear in the window.
+# Tokens that a forward reads, in whole blocks: enough for fast matrix products, and few enough for small masks.
 PIECE_SIZE = 512
 
 
 class GenerationRecord:
-    """
-    What [`BD3LMGenerateOutput`] says of each token, as far as `generate` was asked for it: `scores` and `logits` [new
-    tokens, batch, vocab], `reveal_steps` and `token_probabilities` [batch, columns].
-    """
+    """What [`BD3LMGenerateOutput`] says of each token, as far as `generate` was asked for it."""
 
     def __init__(self, canvas: Canvas, generation_config: GenerationConfig, vocab_size: int):
-        (batch_size, _), device = canvas.tokens.shape, canvas.tokens.device
-        self.prompt_width = canvas.prompt_width
-        self.num_forward_passes = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.prompt_width, device = canvas.prompt_width, canvas.tokens.device
+        self.num_forward_passes = torch.zeros_like(canvas.num_clean)
         self.scores = self.logits = self.reveal_steps = self.token_probabilities = None
         if not generation_config.return_dict_in_generate:
             return
-        shape = (canvas.num_new, batch_size, vocab_size)
+        shape = (canvas.num_new, len(canvas.tokens), vocab_size)
         if generation_config.output_scores:
             self.scores = torch.full(shape, -torch.inf, device=device)
         if generation_config.output_logits:
@@ -62,9 +50,8 @@ class GenerationRecord:
             if kept is not None:
                 kept[index[is_new], row[is_new]] = values[is_new]
         if self.reveal_steps is not None:
-            steps = self.num_forward_passes[:, None].expand(columns.shape)
-            probability = prediction.confidence("probability")
-            for record, values in ((self.reveal_steps, steps), (self.token_probabilities, probability)):
+            noted = (self.num_forward_passes[:, None], prediction.confidence("probability"))
+            for record, values in zip((self.reveal_steps, self.token_probabilities), noted):
                 record.scatter_(1, columns, torch.where(revealed, values, record.gather(1, columns)))
 
     def of_sequences(self, progress: RowProgress, length: int) -> dict[str, Any]:
@@ -76,7 +63,7 @@ class GenerationRecord:
                 fields[name] = record[: length - self.prompt_width].unbind(0)
         for name, empty in (("reveal_steps", 0), ("token_probabilities", torch.nan)):
             if (record := getattr(self, name)) is not None:
-                fields[name] = progress.without_padding(record, empty)[:, :length]
+                fields[name] = record.masked_fill(progress.after_end(), empty)[:, :length]
         return fields
 
 
@@ -91,28 +78,16 @@ class BlockTask:
 
 
 class Denoiser:
-    """
-    Denoises the blocks of a canvas: calls the model, of which no more than `forward` is known, keeps its cache, and
-    asks the sampler. Without a cache the text before a block is computed anew at each forward.
-    """
+    """Denoises the blocks of a canvas: calls the model, of which it knows `forward` alone, and asks the sampler."""
 
     def __init__(
-        self,
-        model: Any,
-        canvas: Canvas,
-        generation_config: GenerationConfig,
-        logits_processor: LogitsProcessorList,
-        cache: Cache | None,
-        guidance: Guidance | None = None,
+        self, model, canvas: Canvas, generation_config, processors, cache: Cache | None, guidance: Guidance | None
     ):
-        self.model = model
-        self.config = config = model.config
-        self.canvas = canvas
+        self.model, self.canvas, self.cache, self.guidance = model, canvas, cache, guidance
         self.generation_config = generation_config
+        self.config = config = model.config
         prompts = canvas.context()[:, : canvas.prompt_width]
-        self.predictor = TokenPredictor(logits_processor, generation_config.do_sample, config.mask_token_id, prompts)
-        self.cache = cache
-        self.guidance = guidance
+        self.predictor = TokenPredictor(processors, generation_config.do_sample, config.mask_token_id, prompts)
         self.seeds = generation_config.row_seeds(canvas.tokens.shape[0])
         self.piece_size = max(PIECE_SIZE // config.block_size, 1) * config.block_size
         self.window = config.window_in_blocks * config.block_size
@@ -133,8 +108,7 @@ class Denoiser:
 
     def denoise_block(self, stage: int, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row."""
-        canvas = self.canvas
-        columns = canvas.columns(stage)
+        canvas, columns = self.canvas, self.canvas.columns(stage)
         block = canvas.tokens.gather(1, columns)
         masked = canvas.to_fill.gather(1, columns) & progress.unfinished[:, None]
         sampler = self.generation_config.make_sampler(canvas.block_size, self.config.noise_schedule)
@@ -153,8 +127,8 @@ class Denoiser:
     def step(self, task: BlockTask, block: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """One denoising step of at most one forward: the ids `block` and which are `masked` [batch, block_size]."""
         sampler = task.sampler
-        candidates, known = sampler.candidates(masked), task.to_fill & ~masked
-        revealed = candidates
+        revealed = candidates = sampler.candidates(masked)
+        known = task.to_fill & ~masked
         # Drawn at every step: another row may be the reason that there is a forward.
         uniform = task.noise.uniform()
         if not sampler.may_pause or candidates.any():
@@ -207,10 +181,10 @@ class Denoiser:
             inputs["timesteps"] = torch.cat([sigma.new_zeros(clean.shape), sigma], dim=1)
         inputs["cache"] = None if cache is None else CommitCache(cache, num_clean, seen)
         inputs["logits_to_keep"] = num_clean + kept.repeat(num_copies, 1)
-        outputs = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs)
+        logits = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs).logits
+        # Without a cache the text before a block is computed anew at each forward.
         text.num_cached = 0 if self.cache is None else text.num_columns
-        task.sampler.tolerance = torch.finfo(outputs.logits.dtype).eps ** 0.5
-        logits = outputs.logits
+        task.sampler.tolerance = torch.finfo(logits.dtype).eps ** 0.5
         if first_is_read:
             # The last clean token predicts the first of the block, and is read once; `kept` begins with it.
             self._first_logits = logits[:, :1]
@@ -259,7 +233,7 @@ class Denoiser:
             key = key.each(lambda ids: torch.nn.functional.pad(ids[:, first_key:], empty, value=PADDING_BLOCK))
             if num_queries > 2 * config.block_size:
                 # A long text is read without the columns that none of it sees.
-                earliest = query.block_ids.where(query.block_ids >= 0, DOCUMENT_STRIDE).amin(-1, keepdim=True)
+                earliest = query.block_ids.where(query.block_ids >= 0, -PADDING_BLOCK).amin(-1, keepdim=True)
                 columns = (key.block_ids >= earliest - config.window_in_blocks).any(0).nonzero()
                 seen = slice(int(columns[0]), int(columns[-1]) + 1)
                 key = key.each(lambda ids: ids[:, seen])

@@ -6,12 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList, StaticCache
-from transformers.generation import (
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList, StaticCache, generation
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_block_diffusion import read_whole_text
@@ -26,7 +22,6 @@ from .two_stream_block_diffusion import check_shape
 
 
 # What Transformers calls the cache among the arguments of a model; `generate` takes both names.
-CACHE_NAMES = ("cache", "past_key_values")
 INPUTS_OF_GENERATION = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME = "cache" if "cache" in INPUTS_OF_GENERATION else "past_key_values"
 
@@ -39,10 +34,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
     1. Lay the rows out by blocks, each row's counted in its own positions.
     2. For every block, until nothing in it is masked:
         * run the network on the block against the cache; the first such pass also commits the finished blocks,
-        * predict tokens at the positions that the sampler asks for,
-        * reveal those that the sampler chooses.
-    3. Show the finished block to the stopping criteria token by token, as an autoregressive model would have, and to
-       the streamer.
+        * predict tokens at the positions that the sampler asks for, and reveal those that it chooses.
+    3. Show the block to the streamer, and to the stopping criteria token by token, as an autoregressive model would.
     4. Cut the rows where they ended.
     """
 
@@ -73,12 +66,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Refused, and with it `generate_batch`.
-
-        Raises:
-            ValueError: always; the engine of continuous batching writes one token after the other.
-        """
+        """Raises a ValueError, and with it `generate_batch`: that engine writes one token after the other."""
         raise ValueError(
             "`generate` must be called in place of `generate_batch` and continuous batching, which write one token "
             f"after the other, but got a {type(self).__name__}, whose blocks are denoised; it takes prompts of any "
@@ -110,7 +98,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         super()._validate_model_kwargs(model_kwargs)
         # What the generation config asks for, the outputs, is checked with it.
         outputs = ("output_hidden_states", "output_attentions")
-        known = {"input_ids", "inputs_embeds", "attention_mask", "use_cache", *CACHE_NAMES, *outputs}
+        known = {"input_ids", "inputs_embeds", "attention_mask", "use_cache", "cache", "past_key_values", *outputs}
         if surplus := sorted(name for name, value in model_kwargs.items() if value is not None and name not in known):
             raise ValueError(
                 f"`generate` counts positions and draws noise itself and takes no {surplus}, which `forward` does."
@@ -140,11 +128,10 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, *args: Any, **kwargs: Any):
         fills_only = generation_config.infill and generation_config.max_new_tokens is None and has_default_max_length
-        prepare = super()._prepare_generated_length
-        generation_config = prepare(generation_config, has_default_max_length, *args, **kwargs)
+        config = super()._prepare_generated_length(generation_config, has_default_max_length, *args, **kwargs)
         if fills_only:
-            generation_config.max_length = kwargs["input_ids_length"]
-        return generation_config
+            config.max_length = kwargs["input_ids_length"]
+        return config
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length) -> None:
         if not generation_config.infill or generation_config.max_length != input_ids_length:
@@ -155,20 +142,17 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         negative_mask = kwargs.pop("negative_prompt_attention_mask", None)
         all_processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         # Transformers' own runs the model on a next token, which this one does not predict.
-        foreign = UnbatchedClassifierFreeGuidanceLogitsProcessor
+        foreign = generation.UnbatchedClassifierFreeGuidanceLogitsProcessor
         processors = LogitsProcessorList(part for part in all_processors if type(part) is not foreign)
         scale = generation_config.guidance_scale
         if len(processors) == len(all_processors):
-            if negative_ids is not None:
-                raise ValueError(
-                    f"`negative_prompt_ids` guide only with a `guidance_scale` other than 1, but got {scale}."
-                )
-            return processors
+            if negative_ids is None:
+                return processors
+            rule = "guide only with a `guidance_scale` other than 1"
+            raise ValueError(f"`negative_prompt_ids` {rule}, but got {scale}.")
         if generation_config.infill:
-            raise ValueError(
-                f"`guidance_scale` must be 1 or None with `infill`, but got {scale}: a negative prompt has nothing to "
-                "stand in for the text around a gap."
-            )
+            reason = "a negative prompt has nothing to stand in for the text around a gap"
+            raise ValueError(f"`guidance_scale` must be 1 or None with `infill`, but got {scale}: {reason}.")
         if negative_ids is not None:
             if self._check_prompts(negative_ids, negative_mask, "negative_prompt_").any():
                 raise ValueError(f"`negative_prompt_ids` must not hold the mask token ({self.config.mask_token_id}).")
@@ -187,13 +171,11 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None, prefix: str = "") -> Tensor:
         """The mask tokens of the prompts, bool [batch, length]; raises a ValueError where the prompts are wrong."""
-        ids_name, mask_name = f"{prefix or 'input_'}ids", f"{prefix}attention_mask"
-        vocab_size = self.config.vocab_size
+        ids_name, mask_name, vocab_size = f"{prefix or 'input_'}ids", f"{prefix}attention_mask", self.config.vocab_size
+        hint = "an empty prompt is the BOS token alone"
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"`{ids_name}` must be of shape [batch, length] with at least one token, but got "
-                f"{list(input_ids.shape)}; an empty prompt is the BOS token alone."
-            )
+            rule = "of shape [batch, length] with at least one token"
+            raise ValueError(f"`{ids_name}` must be {rule}, but got {list(input_ids.shape)}; {hint}.")
         outside = (input_ids < 0) | (input_ids >= vocab_size)
         if outside.any():
             raise ValueError(f"`{ids_name}` must be ids in [0, {vocab_size}), but got {int(input_ids[outside][0])}.")
@@ -204,15 +186,11 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
         real = attention_mask != 0
         is_empty = ~real.any(-1)
         if is_empty.any():
-            raise ValueError(
-                f"`{mask_name}` must have a real token in every row, but row {int(is_empty.nonzero()[0])} is all "
-                "padding; an empty prompt is the BOS token alone."
-            )
+            got = f"row {int(is_empty.nonzero()[0])} is all padding"
+            raise ValueError(f"`{mask_name}` must have a real token in every row, but {got}; {hint}.")
         if (real[:, :-1] & ~real[:, 1:]).any():
-            raise ValueError(
-                f"`{mask_name}` must be left-padded (zeros, then ones, in each row), but got a 0 after a 1; set "
-                "`tokenizer.padding_side = 'left'`."
-            )
+            rule = "left-padded (zeros, then ones, in each row), but got a 0 after a 1"
+            raise ValueError(f"`{mask_name}` must be {rule}; set `tokenizer.padding_side = 'left'`.")
         return gaps & real
 
     def _sample(
@@ -252,8 +230,8 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             guidance = guidance.of_batch(input_ids, generation_config.num_return_sequences or 1)
             if generation_config.cache_implementation == "static":
                 # Transformers has made it for the prompt alone.
-                num_more = max(0, guidance.negative_ids.shape[1] - input_ids.shape[1]) + 2 * config.block_size
-                num_columns = generation_config.max_length + num_more
+                prompt_width = max(input_ids.shape[1], guidance.negative_ids.shape[1])
+                num_columns = prompt_width + num_new + 2 * config.block_size
                 cache = StaticCache(config=config.get_text_config(decoder=True), max_cache_len=num_columns)
                 read_whole_text(cache, num_columns)
         denoiser = Denoiser(self, canvas, generation_config, logits_processor, cache, guidance)

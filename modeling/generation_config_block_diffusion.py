@@ -19,13 +19,11 @@ def is_integer(value: object, least: int) -> bool:
 def argument_rules() -> dict[str, tuple[Callable[[Any], bool], str]]:
     """For each argument that [`BD3LMGenerationConfig`] adds or checks, a test of all values but None, and the rule."""
     share = (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]")
+    names = ", ".join(SAMPLERS)
     return {
         **dict.fromkeys(("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), share),
         "no_repeat_ngram_size": (lambda value: is_integer(value, 0), "an integer >= 0"),
-        "sampler": (
-            lambda value: isinstance(value, Sampler) or value in list(SAMPLERS),
-            f"one of {', '.join(SAMPLERS)}, or a Sampler",
-        ),
+        "sampler": (lambda value: isinstance(value, Sampler) or value in [*SAMPLERS], f"one of {names}, or a Sampler"),
         "denoising_steps": (lambda value: is_integer(value, 1), "an integer >= 1"),
         "noise_schedule": (lambda value: value in NOISE_SCHEDULE_NAMES, f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"),
         "remask_cap": share,
@@ -155,10 +153,8 @@ class BD3LMGenerationConfig(GenerationConfig):
                 f"of a block, but got {self.sub_block_size} with neither."
             )
         if threshold is not None and self.confidence == "negative_entropy":
-            raise ValueError(
-                f"`confidence_threshold` is a probability or a margin, but got {threshold} with `confidence` "
-                "'negative_entropy'."
-            )
+            got = f"{threshold} with `confidence` 'negative_entropy'"
+            raise ValueError(f"`confidence_threshold` is a probability or a margin, but got {got}.")
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -169,10 +165,8 @@ class BD3LMGenerationConfig(GenerationConfig):
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Raises a ValueError where `sampler` is an object, of which no more than a name could be saved."""
         if isinstance(self.sampler, Sampler):
-            raise ValueError(
-                f"`sampler` must be a name in SAMPLERS to be saved, but got a {type(self.sampler).__name__}; add its "
-                "class to SAMPLERS and give the name."
-            )
+            got = f"a {type(self.sampler).__name__}; add its class to SAMPLERS and give the name"
+            raise ValueError(f"`sampler` must be a name in SAMPLERS to be saved, but got {got}.")
         if self.do_sample is None:
             # Who reads the file without this class would take its sampling arguments for a mistake.
             saved = copy.deepcopy(self)
@@ -182,19 +176,17 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     def make_sampler(self, block_size: int, noise_schedule: str) -> Sampler:
         """
-        The sampler of one block of `block_size` tokens, which by default is also the number of its steps, in a model
-        with a `noise_schedule`; raises a ValueError where an argument was set that the chosen sampler does not take.
+        The sampler of one block, by default of `block_size` steps, and of the model's `noise_schedule`; raises a
+        ValueError where an argument was set that the chosen sampler does not take.
         """
         takes = () if isinstance(self.sampler, Sampler) else SAMPLER_ARGUMENTS.get(self.sampler, ())
         arguments = sorted({name for names in SAMPLER_ARGUMENTS.values() for name in names})
-        given = {name: getattr(self, name) for name in arguments if getattr(self, name) is not None}
-        for name in given:
+        given = {name: value for name in arguments if (value := getattr(self, name)) is not None}
+        for name, value in given.items():
             if name not in takes:
                 owners = " or ".join(repr(sampler) for sampler, names in SAMPLER_ARGUMENTS.items() if name in names)
-                raise ValueError(
-                    f"`{name}` is an argument of the sampler {owners}, but got {given[name]!r} with `sampler` "
-                    f"{self.sampler!r}."
-                )
+                got = f"{value!r} with `sampler` {self.sampler!r}"
+                raise ValueError(f"`{name}` is an argument of the sampler {owners}, but got {got}.")
         if isinstance(self.sampler, Sampler):
             return copy.deepcopy(self.sampler)
         defaults = {"noise_schedule": noise_schedule, "entropy_bound": 0.0}
@@ -204,17 +196,13 @@ class BD3LMGenerationConfig(GenerationConfig):
         return SAMPLERS[self.sampler](**values)
 
     def row_seeds(self, batch_size: int) -> list[int] | None:
-        """
-        The seed of each of the `batch_size` rows, `num_return_sequences` included; None where they share a generator.
-        Raises a ValueError where `seed` is a list of another length.
-        """
+        """The seed of each of `batch_size` rows, None without; raises a ValueError for a list of another length."""
         if self.seed is None:
             # Greedy tokens too may be revealed in an order that is drawn.
             return None if self.do_sample else [0] * batch_size
         if not isinstance(self.seed, list):
             return [self.seed + row for row in range(batch_size)]
         if len(self.seed) != batch_size:
-            raise ValueError(
-                f"`seed` must be one integer or one for each of the {batch_size} rows, but got {len(self.seed)}."
-            )
+            rule = f"one integer or one for each of the {batch_size} rows"
+            raise ValueError(f"`seed` must be {rule}, but got {len(self.seed)}.")
         return self.seed

@@ -7,9 +7,8 @@ from transformers import LogitsProcessor
 
 class Guidance(LogitsProcessor):
     """
-    Scores of the prompt against those of a negative prompt, both followed by the same new tokens:
-    `scale * conditional + (1 - scale) * unconditional` (arXiv 2306.17806; up to a constant this is the same of
-    log-probabilities).
+    Scores of the prompt against those of a negative prompt, both followed by the same new tokens (arXiv 2306.17806; up
+    to a constant this is the same of log-probabilities): `scale * conditional + (1 - scale) * unconditional`.
 
     Both are rows of one forward. New tokens have the same place within their blocks after either prompt, so the
     blocks of a negative prompt are counted from its end, and its first block may be short.
@@ -19,17 +18,13 @@ class Guidance(LogitsProcessor):
     """
 
     def __init__(self, scale: float, negative_ids: Tensor | None = None):
-        self.scale = scale
-        self.negative_ids = negative_ids
+        self.scale, self.negative_ids = scale, negative_ids
 
     def of_batch(self, input_ids: Tensor, num_return_sequences: int = 1) -> "Guidance":
-        """
-        With a negative prompt for each row of `input_ids` [batch, length], in which prompts are repeated; raises a
-        ValueError if there is neither one negative prompt nor one for each prompt.
-        """
+        """With a negative prompt for each of `input_ids` [batch, length]; raises a ValueError for another number."""
         if self.negative_ids is None:
             return Guidance(self.scale, input_ids[:, -1:])
-        num_rows, num_negative = input_ids.shape[0], self.negative_ids.shape[0]
+        num_rows, num_negative = len(input_ids), len(self.negative_ids)
         num_prompts = num_rows // num_return_sequences
         if num_negative not in (1, num_prompts):
             rule = f"one row, or one for each of the {num_prompts} prompts"
@@ -48,8 +43,7 @@ class Guidance(LogitsProcessor):
         The id at each position of the prompts [batch, width], and how many of these their whole blocks hold [batch],
         followed by the same of the negative prompts: [2 batch, width], -1 where there is no token, and [2 batch].
         """
-        num_in_last = prompt_length - num_clean
-        num_negative = (self.negative_ids >= 0).sum(-1)
+        num_in_last, num_negative = prompt_length - num_clean, (self.negative_ids >= 0).sum(-1)
         first = (num_in_last - num_negative) % block_size
         length = first + num_negative - num_in_last
         width = max(prefix.shape[1], int(length.max()))
@@ -71,8 +65,8 @@ class Guidance(LogitsProcessor):
         if not is_prompt.any():
             return block.repeat(2, 1), None
         width = self.negative_ids.shape[1]
-        negative = self.negative_ids.gather(1, (new_index + width).clamp(0, width - 1))
-        negative = negative.masked_fill(new_index + width < 0, -1)
+        columns = new_index + width
+        negative = self.negative_ids.gather(1, columns.clamp(0, width - 1)).masked_fill(columns < 0, -1)
         unconditional = torch.where(is_prompt, negative, block)
         both = torch.cat([block, unconditional])
         return both.clamp(min=0), torch.cat([torch.ones_like(is_prompt), unconditional >= 0])

@@ -16,9 +16,9 @@ TEXT_INFILLING = "text-infilling"
 # What Transformers reads in config.json, for `pipeline(TEXT_INFILLING, model=..., trust_remote_code=True)`.
 IMPLEMENTATION = f"{__name__.split('.')[-1]}.TextInfillingPipeline"
 CUSTOM_PIPELINES = {TEXT_INFILLING: {"impl": IMPLEMENTATION, "pt": ["AutoModelForMaskedLM"], "type": "text"}}
-# Arguments of `generate` that infilling decides on by itself.
+# What infilling has `generate` do, and other arguments of it that infilling decides on by itself.
+FIXED_ARGUMENTS = {"infill": True, "output_reveal": True, "return_dict_in_generate": True}
 LENGTH_ARGUMENTS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
-FIXED_ARGUMENTS = ("infill", *LENGTH_ARGUMENTS, "output_reveal", "return_dict_in_generate")
 
 
 class TextInfillingPipeline(Pipeline):
@@ -39,16 +39,15 @@ class TextInfillingPipeline(Pipeline):
     """
 
     _load_tokenizer = True
-    _load_processor = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    _load_processor = _load_image_processor = _load_feature_extractor = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        kind, wanted = type(self.model).__name__, self.model.config.mask_token_id
         # Remote code is imported once for the model and once for its pipeline, so that their classes differ.
         if not hasattr(self.model, "token_nats"):
+            kind = type(self.model).__name__
             raise ValueError(f"`model` must be a block diffusion language model, but got a {kind}.")
+        wanted = self.model.config.mask_token_id
         mask_token_id = None if self.tokenizer is None else self.tokenizer.mask_token_id
         if mask_token_id != wanted:
             raise ValueError(
@@ -88,21 +87,18 @@ class TextInfillingPipeline(Pipeline):
         self, placeholder: str | None = None, gap_length: int | list[int] | None = None, **generate_kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         given = {"placeholder": placeholder, "gap_length": gap_length}
-        # How a pipeline keeps the arguments of `generate` changes with the version of Transformers. This one keeps
-        # those of `__init__`, which is where this method is called first.
+        # Transformers keeps them in ways that change. Here they are those of `__init__`, which calls this first.
         if not hasattr(self, "generate_defaults"):
             self.generate_defaults, generate_kwargs = generate_kwargs, {}
         return {name: value for name, value in given.items() if value is not None}, generate_kwargs, {}
 
-    def preprocess(
-        self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1
-    ) -> dict[str, Tensor]:
+    def preprocess(self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1) -> dict:
         """
         `input_ids` and `attention_mask` [1, length] of one text, its gaps masked and BOS in front as in training, and
         `num_added` [1], 1 if BOS was not there. `inputs`, `placeholder` and `gap_length`, and the ValueError, are
         those of `__call__`.
         """
-        text = inputs
+        tokenizer, text = self.tokenizer, inputs
         if isinstance(inputs, dict):
             if not {"text"} <= set(inputs) <= {"text", "gap_length"}:
                 raise ValueError(f"`inputs` must have the keys 'text' and 'gap_length', but got {sorted(inputs)}.")
@@ -110,13 +106,10 @@ class TextInfillingPipeline(Pipeline):
         if not isinstance(text, str):
             raise ValueError(f"`inputs` must be texts, but got a {type(text).__name__}.")
         text, num_masked = self._mask_gaps(text, placeholder, gap_length)
-        tokenizer = self.tokenizer
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if ids.count(tokenizer.mask_token_id) != num_masked:
-            raise ValueError(
-                f"`tokenizer` must read {tokenizer.mask_token!r} as one token, but it reads {num_masked} of them as "
-                f"{ids.count(tokenizer.mask_token_id)}; add it as a special token."
-            )
+        if (num_read := ids.count(tokenizer.mask_token_id)) != num_masked:
+            fault = f"it reads {num_masked} of them as {num_read}; add it as a special token"
+            raise ValueError(f"`tokenizer` must read {tokenizer.mask_token!r} as one token, but {fault}.")
         num_added = int(tokenizer.bos_token_id is not None and ids[0] != tokenizer.bos_token_id)
         ids = torch.tensor([[tokenizer.bos_token_id] * num_added + ids])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "num_added": torch.tensor([num_added])}
@@ -131,17 +124,13 @@ class TextInfillingPipeline(Pipeline):
         if len(parts) == 1:
             raise ValueError(f"`inputs` must mark gaps by {marker!r}, but got a text without one: {text[:80]!r}")
         if marker != mask_token and mask_token in text:
-            raise ValueError(
-                f"`inputs` must mark gaps by the `placeholder` {marker!r} alone, but got a text that holds "
-                f"{mask_token!r} as well: {text[:80]!r}"
-            )
+            got = f"a text that holds {mask_token!r} as well: {text[:80]!r}"
+            raise ValueError(f"`inputs` must mark gaps by the `placeholder` {marker!r} alone, but got {got}")
         num_gaps = len(parts) - 1
         lengths = gap_length if isinstance(gap_length, (list, tuple)) else [gap_length] * num_gaps
         if len(lengths) != num_gaps or not all(type(length) is int and length >= 1 for length in lengths):
-            raise ValueError(
-                f"`gap_length` must be an integer >= 1, or a list of one for each of the {num_gaps} marks in the "
-                f"text, but got {gap_length!r}."
-            )
+            rule = f"an integer >= 1, or a list of one for each of the {num_gaps} marks in the text"
+            raise ValueError(f"`gap_length` must be {rule}, but got {gap_length!r}.")
         gaps = [mask_token * length for length in lengths]
         return "".join(itertools.chain.from_iterable(zip(parts, [*gaps, ""]))), sum(lengths)
 
@@ -149,17 +138,16 @@ class TextInfillingPipeline(Pipeline):
         # As in the pipelines of Transformers, a configuration that a call is given takes the place of the defaults.
         if generate_kwargs.get("generation_config") is None:
             generate_kwargs = {**self.generate_defaults, **generate_kwargs}
-        if refused := sorted(name for name in FIXED_ARGUMENTS if generate_kwargs.get(name) is not None):
-            raise ValueError(
-                f"`{refused[0]}` must not be given: gaps are filled and nothing is written after the text; "
-                "'text-generation' continues texts."
-            )
+        decided = sorted((*FIXED_ARGUMENTS, *LENGTH_ARGUMENTS))
+        if refused := [name for name in decided if generate_kwargs.get(name) is not None]:
+            reason = "gaps are filled and nothing is written after the text; 'text-generation' continues texts"
+            raise ValueError(f"`{refused[0]}` must not be given: {reason}.")
         config = generate_kwargs.pop("generation_config", None)
         special_ids, pad_token_id = sorted(set(self.tokenizer.all_special_ids)), self.tokenizer.pad_token_id
         defaults = {"suppress_tokens": special_ids, "pad_token_id": pad_token_id}
         places = [generate_kwargs, vars(self.model.generation_config), {} if config is None else vars(config)]
         fixed = {name: value for name, value in defaults.items() if all(place.get(name) is None for place in places)}
-        fixed |= {"infill": True, "output_reveal": True, "return_dict_in_generate": True}
+        fixed |= FIXED_ARGUMENTS
         if config is None:
             generate_kwargs.update(fixed)
         else:
@@ -168,12 +156,9 @@ class TextInfillingPipeline(Pipeline):
             generate_kwargs["generation_config"] = config
         input_ids, attention_mask = model_inputs["input_ids"], model_inputs["attention_mask"]
         output = self.model.generate(input_ids, attention_mask=attention_mask, **generate_kwargs)
-        batch_size, length = input_ids.shape
-        for name in ("sequences", "token_probabilities"):
-            # The model's own configuration may ask for a continuation.
-            filled = output[name][:, :length].unflatten(0, (batch_size, -1))
-            model_inputs = {**model_inputs, name: filled}
-        return model_inputs
+        # The model's own configuration may ask for a continuation.
+        parts = {name: output[name][:, : input_ids.shape[1]] for name in ("sequences", "token_probabilities")}
+        return {**model_inputs, **{name: part.unflatten(0, (len(input_ids), -1)) for name, part in parts.items()}}
 
     def postprocess(self, model_outputs: dict[str, Tensor]) -> dict[str, Any] | list[dict[str, Any]]:
         """The filled text and its spans, of one input or each of its `num_return_sequences`."""
@@ -185,9 +170,9 @@ class TextInfillingPipeline(Pipeline):
 
     def _describe(self, ids: list[int], is_gap: list[bool], probabilities: Tensor) -> dict[str, Any]:
         text = self._decode(ids)
-        spans, first = [], 0
+        spans, end = [], 0
         for in_gap, run in itertools.groupby(is_gap):
-            end = first + len(list(run))
+            first, end = end, end + len(list(run))
             if in_gap:
                 # A decoded beginning may end in a character of which bytes are missing.
                 beginnings = (self._decode(ids[:index]) for index in (first, end))
@@ -196,7 +181,6 @@ class TextInfillingPipeline(Pipeline):
                 span = {"start": start_char, "end": end_char, "text": text[start_char:end_char]}
                 span |= {"score": scores.log().mean().exp().item(), "token_ids": ids[first:end]}
                 spans.append(span | {"token_scores": scores.tolist()})
-            first = end
         return {"text": text, "spans": spans}
 
     def _decode(self, ids: list[int]) -> str:

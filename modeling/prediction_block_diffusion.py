@@ -23,10 +23,7 @@ CONFIDENCES = ("probability", "margin", "negative_entropy", "processed_probabili
 
 
 def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
-    """
-    Draws ids [rows] from softmax(scores), `scores` [rows, vocab] in float32, by the inverse of its distribution
-    function at one number in [0, 1) for each row, `uniform` [rows].
-    """
+    """Draws ids [rows] from softmax(`scores`) in float32 [rows, vocab] by inversion, at `uniform` in [0, 1) [rows]."""
     cumulative = scores.softmax(-1).cumsum(-1)
     total = cumulative[:, -1:]
     # Rounding up to the total would choose the last id, whatever its probability.
@@ -62,8 +59,8 @@ def add_sequence_bias(scores: Tensor, sequence_bias: dict, text: Tensor, column:
     """
     rules = {ids: bias for ids, bias in sequence_bias.items() if unknown not in ids}
     for size in sorted({len(ids) for ids in rules} - {1}):
-        ids = column.new_tensor([ids for ids in rules if len(ids) == size])
-        bias = scores.new_tensor([rules[ids] for ids in rules if len(ids) == size])
+        of_size = {ids: bias for ids, bias in rules.items() if len(ids) == size}
+        ids, bias = column.new_tensor([*of_size]), scores.new_tensor([*of_size.values()])
         around = around_tokens(text, size, unknown)[torch.arange(len(text), device=text.device), column]
         # What begins k tokens before the predicted one has it in place k.
         is_own = torch.eye(size, dtype=torch.bool, device=text.device).flip(0)
@@ -93,12 +90,8 @@ def ban_n_grams(scores: Tensor, size: int, text: Tensor, column: Tensor, source:
 @dataclass
 class Prediction:
     """
-    What one forward predicts.
-
-    Attributes:
-        candidates: the positions that are predicted, bool [batch, block_size].
-        tokens: a token for each of them [batch, block_size]; arbitrary elsewhere.
-        logits, scores: before and after the processors [num_candidates, vocab].
+    What one forward predicts: `tokens` [batch, block_size] at the `candidates`, bool of that shape, arbitrary ones
+    elsewhere, out of `logits` before and `scores` after the processors [num_candidates, vocab].
     """
 
     candidates: Tensor
@@ -123,11 +116,9 @@ class TokenPredictor:
         if any(isinstance(part, generation.SynthIDTextWatermarkLogitsProcessor) for part in logits_processor):
             wrong_kind = "SynthID's, whose processor must be called for one token after the other"
             raise ValueError(f"`watermarking_config` must be a `WatermarkingConfig`, but got {wrong_kind}.")
-        self.logits_processor = logits_processor
+        self.logits_processor, self.do_sample = logits_processor, do_sample
+        self.mask_token_id, self.prompts = mask_token_id, prompts
         self.reads_context = not all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
-        self.do_sample = do_sample
-        self.mask_token_id = mask_token_id
-        self.prompts = prompts
         self._is_valid = self._is_finite = torch.tensor(True)
 
     def check(self) -> None:
@@ -145,16 +136,11 @@ class TokenPredictor:
             "tokens on both sides of one may together ban all that it could be."
         )
 
-    def predict(
-        self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor, uniform: Tensor
-    ) -> Prediction:
+    def predict(self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor, uniform: Tensor):
         """
-        Args:
-            logits: of the candidates, row after row [num_candidates, vocab], float32.
-            candidates: the positions to predict, bool [batch, block_size].
-            columns: where each row's block lies in `context` [batch, block_size].
-            context: all tokens as [`Canvas.context`] gives them [batch, width].
-            uniform: numbers in [0, 1) to draw with [batch, block_size].
+        The [`Prediction`] of the `candidates`, bool [batch, block_size], from their `logits`, row after row
+        [num_candidates, vocab], in float32, with numbers `uniform` in [0, 1) to draw with [batch, block_size]. Each
+        row's block lies at its `columns` [batch, block_size] of the `context`, [`Canvas.context`] [batch, width].
         """
         logits[:, self.mask_token_id] = -torch.inf
         self._is_finite = self._is_finite.to(logits.device) & logits.amax(-1).isfinite().all()
@@ -182,15 +168,17 @@ class TokenPredictor:
 
     def _process(self, logits: Tensor, row: Tensor, column: Tensor, context: Tensor) -> Tensor:
         """Runs the processors on the scores [rows, vocab] of the tokens at `column` of `row` of the context [rows]."""
-        scores, text = logits.clone(), context[row]
+        # A row's text is as long as the whole context, and is copied for those alone that read it.
+        scores, no_text = logits.clone(), context.new_empty(len(row), 0)
         for processor in self.logits_processor:
             if isinstance(processor, CONTEXT_FREE_PROCESSORS):
-                scores = processor(text, scores)
+                scores = processor(no_text, scores)
             elif type(processor) in BIASES:
                 # It adds the bias of single tokens alone to an empty text.
-                scores, biases = processor(text[:, :0], scores), processor.sequence_bias
-                scores = add_sequence_bias(scores, biases, text, column, self.mask_token_id)
+                scores, biases = processor(no_text, scores), processor.sequence_bias
+                scores = add_sequence_bias(scores, biases, context[row], column, self.mask_token_id)
             elif type(processor) in N_GRAM_BANS:
+                text = context[row]
                 source = text if type(processor) is N_GRAM_BANS[0] else self.prompts[row]
                 scores = ban_n_grams(scores, processor.ngram_size, text, column, source, self.mask_token_id)
             else:

@@ -1,8 +1,6 @@
-"""
-Which tokens the columns of a cache hold: given to `generate` again, a cache that it returned spares computing the
-blocks that a new prompt begins with, in each row as many as agree token for token.
-"""
+"""Which tokens a cache holds: given to `generate` again, it spares computing the blocks that a prompt begins with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,8 +45,8 @@ class CleanText:
         num_rows, width = prefix.shape
         ids, positions = self.ids[:, : self.num_cached], self.positions[:, : self.num_cached]
         # The cached id at each position; what comes after the prompts goes to a column of its own.
-        cached = prefix.new_full((num_rows, width + 1), -1)
-        cached.scatter_(1, torch.where((positions >= 0) & (positions < width), positions, width), ids)
+        column = torch.where((positions >= 0) & (positions < width), positions, width)
+        cached = prefix.new_full((num_rows, width + 1), -1).scatter(1, column, ids)
         within = torch.arange(width, device=prefix.device) < length[:, None]
         num_alike = ((cached[:, :width] == prefix) & within).long().cumprod(-1).sum(-1) // block_size * block_size
         is_used = (positions >= 0) & (positions < num_alike[:, None])
@@ -85,12 +83,6 @@ class CleanText:
         self.length = self.length + block.shape[1]
         self.is_plain = self.is_plain and is_real is None
 
-    def first_visible_column(self, window: int) -> int:
-        """The first column that the next block of any row sees, with `window` positions before it visible."""
-        is_visible = (self.positions >= 0) & (self.positions >= self.length[:, None] - window)
-        columns = torch.arange(self.num_columns, device=self.ids.device)
-        return int(torch.where(is_visible, columns, self.num_columns).min()) if self.num_columns else 0
-
     def most_columns_seen(self, window: int, block_size: int, num_stages: int) -> int:
         """How many columns before it any block sees: of those not cached yet, and of the next `num_stages`."""
         columns = torch.arange(self.num_columns, device=self.ids.device)
@@ -105,22 +97,21 @@ class TextCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._keep_rows(beam_idx)
+        self._rearrange_text(lambda part: part[beam_idx])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._keep_rows(indices)
+        self._rearrange_text(lambda part: part[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.get_seq_length():
-            rows = torch.arange(self.clean_text.ids.shape[0], device=self.clean_text.ids.device)
-            self._keep_rows(rows.repeat_interleave(repeats))
+        self._rearrange_text(lambda part: part.repeat_interleave(repeats, dim=0))
 
-    def _keep_rows(self, rows: Tensor) -> None:
+    def _rearrange_text(self, rows_of: Callable[[Tensor], Tensor]) -> None:
         if self.get_seq_length():
             text = self.clean_text
-            self.clean_text = CleanText(text.ids[rows], text.positions[rows], text.length[rows], text.num_cached)
+            parts = map(rows_of, (text.ids, text.positions, text.length))
+            self.clean_text = CleanText(*parts, text.num_cached)
 
 
 def sliding_cache(num_layers: int, window: int) -> TextCache:
@@ -131,22 +122,15 @@ def sliding_cache(num_layers: int, window: int) -> TextCache:
 
 
 def match_cache(
-    cache: Cache,
-    prefix: Tensor,
-    length: Tensor,
-    block_size: int,
-    window: int,
-    num_stages: int,
-    reread: bool = False,
+    cache: Cache, prefix: Tensor, length: Tensor, block_size: int, window: int, num_stages: int, reread: bool = False
 ) -> CleanText:
     """
     The text of prompts ([`CleanText.of_prompts`]) in the columns of a cache, which is made to hold what the next
     `num_stages` blocks see, of which each sees `window` positions before it. With `reread` the last block of each row
     is to be read again.
 
-    The cache is empty, one that `generate` returned, or one that holds the first blocks of equally long prompts.
-    Raises a ValueError if it belongs to another batch size, holds part of a block, has no room, or dropped what is
-    still seen.
+    The cache is empty, one that `generate` returned, or one of the first blocks of equally long prompts. Raises a
+    ValueError if it belongs to another batch size, holds part of a block, has no room, or dropped what is still seen.
     """
     cached = text_in_cache(cache, prefix, length, block_size)
     if cached is None:
@@ -155,7 +139,8 @@ def match_cache(
         shared = cached.shared_with(prefix, length - block_size if reread else length, block_size)
         text = shared.followed_by(prefix, length)
         _, first_held = cache.get_mask_sizes(1, 0)
-        if shared.first_visible_column(window) < first_held:
+        is_visible = (shared.positions >= 0) & (shared.positions >= shared.length[:, None] - window)
+        if is_visible[:, :first_held].any():
             raise ValueError(
                 "`cache` has dropped positions that the next block still sees, since a row of the batch went on far "
                 "beyond the text of another; generate without it, or with a `DynamicCache()` from the start."
@@ -168,10 +153,8 @@ def match_cache(
     num_columns = text.num_columns + num_stages * block_size
     for layer in cache.layers:
         if isinstance(layer, StaticLayer) and layer.max_cache_len < num_columns:
-            raise ValueError(
-                f"`cache` must have room for {num_columns} positions, whole blocks of prompt and new tokens, but got "
-                f"a static cache of {layer.max_cache_len}."
-            )
+            room = f"room for {num_columns} positions, whole blocks of prompt and new tokens"
+            raise ValueError(f"`cache` must have {room}, but got a static cache of {layer.max_cache_len}.")
     return text
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
@@ -18,9 +18,7 @@ class EntropyStoppingCriteria(StoppingCriteria):
     """
 
     def __init__(self, threshold: float, window: int, first_column: Tensor | None = None):
-        self.threshold = threshold
-        self.window = window
-        self.first_column = first_column
+        self.threshold, self.window, self.first_column = threshold, window, first_column
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
         length = input_ids.shape[1]
@@ -36,9 +34,8 @@ class EntropyStoppingCriteria(StoppingCriteria):
 
 class Canvas:
     """
-    The text under generation, and where each row's blocks lie in it: they are counted in the row's own positions, and
-    so in a left-padded batch in different columns. Stage k works on the k-th block from the first with a token to
-    fill.
+    The text under generation, and where each row's blocks lie in it: counted in the row's own positions, and so in a
+    left-padded batch in different columns. Stage k works on the k-th block from the first with a token to fill.
 
     Attributes:
         tokens: prompts, then one column per new token, masked until revealed, then a margin of masked columns.
@@ -55,9 +52,8 @@ class Canvas:
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
         self.num_new = num_new
         batch_size, self.prompt_width = input_ids.shape
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        self.first_column = (attention_mask == 0).sum(-1)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.first_column = (mask == 0).sum(-1)
         blank = input_ids.new_full((batch_size, num_new + self.block_size), self.mask_token_id)
         self.tokens = torch.cat([input_ids, blank], dim=1)
         self.all_columns = torch.arange(self.tokens.shape[1], device=input_ids.device)
@@ -85,19 +81,14 @@ class Canvas:
     @property
     def num_stages(self) -> int:
         """Blocks from the first that has a token to fill to the last of the text, in the row that has the most."""
-        after_clean = (self.prompt_length - self.num_clean).max()
-        return -(-(int(after_clean) + self.num_new) // self.block_size)
+        num_unclean = int((self.prompt_length - self.num_clean).max()) + self.num_new
+        return -(-num_unclean // self.block_size)
 
     def columns(self, stage: int) -> Tensor:
         """Columns of each row's block [batch, block_size]."""
         start = self.first_column + self.num_clean + stage * self.block_size
-        columns = start[:, None] + self.all_columns[: self.block_size]
         # Where other rows have a block more, a row that is complete reads the margin.
-        return columns.clamp(max=len(self.all_columns) - 1)
-
-    def is_new(self, columns: Tensor) -> Tensor:
-        """Which columns are to be generated, bool of the shape of `columns`."""
-        return (columns >= self.prompt_width) & (columns < self.prompt_width + self.num_new)
+        return (start[:, None] + self.all_columns[: self.block_size]).clamp(max=len(self.all_columns) - 1)
 
     def context(self) -> Tensor:
         """The tokens as processors read them: padding as the mask token, which has no probability to be changed."""
@@ -112,15 +103,11 @@ class Canvas:
 class RowProgress:
     """How far each row of a canvas has come: what criteria and streamer are shown, and where rows end."""
 
-    def __init__(
-        self, canvas: Canvas, generation_config: GenerationConfig, criteria: StoppingCriteriaList, streamer: Any
-    ):
-        self.canvas = canvas
-        self.streamer = streamer
+    def __init__(self, canvas: Canvas, generation_config, criteria: StoppingCriteriaList, streamer: Any):
+        self.canvas, self.streamer = canvas, streamer
         self.pad_token_id = generation_config._pad_token_tensor
-        batch_size, device = canvas.tokens.shape[0], canvas.tokens.device
-        self.unfinished = torch.ones(batch_size, dtype=torch.bool, device=device)
-        self.num_generated = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.unfinished = torch.ones_like(canvas.num_clean, dtype=torch.bool)
+        self.num_generated = torch.zeros_like(canvas.num_clean)
         self.num_streamed = canvas.first_gap
         if streamer is not None:
             streamer.put(canvas.tokens[:, : canvas.first_gap].cpu())
@@ -129,18 +116,18 @@ class RowProgress:
             rule = (generation_config.entropy_stop_threshold, generation_config.entropy_stop_window)
             self.stopping_criteria.append(EntropyStoppingCriteria(*rule, canvas.first_column))
         may_end_apart = any(not isinstance(criterion, MaxLengthCriteria) for criterion in self.stopping_criteria)
-        if self.pad_token_id is None and batch_size > 1 and may_end_apart:
+        if self.pad_token_id is None and len(canvas.tokens) > 1 and may_end_apart:
             raise ValueError("`pad_token_id` must be set for rows that may end at different lengths, but got None.")
         eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-        self.eos_token_id = torch.cat([ids.flatten() for ids in eos]).to(device) if eos else None
+        self.eos_token_id = torch.cat([ids.flatten() for ids in eos]).to(canvas.tokens.device) if eos else None
 
     def drop_after_eos(self, block: Tensor, columns: Tensor, masked: Tensor) -> Tensor:
         """Masked positions that still matter: none of a row once every token up to its first EOS is known."""
         if self.eos_token_id is None:
             return masked
-        is_eos = torch.isin(block, self.eos_token_id) & self.canvas.is_new(columns)
-        ends_here = (is_eos & (masked.long().cumsum(-1) == 0)).any(-1, keepdim=True)
-        return masked & ~ends_here
+        new_index = columns - self.canvas.prompt_width
+        is_new_eos = torch.isin(block, self.eos_token_id) & (new_index >= 0) & (new_index < self.canvas.num_new)
+        return masked & ~(is_new_eos & (masked.long().cumsum(-1) == 0)).any(-1, keepdim=True)
 
     def finish_block(self, stage: int) -> None:
         """Shows a finished block to the stopping criteria, one token after the other, and to the streamer."""
@@ -154,7 +141,7 @@ class RowProgress:
             self.num_generated += reached
             self.unfinished &= ~(reached & (stops.to(reached.device) | (index + 1 == canvas.num_new)))
         if self.pad_token_id is not None:
-            canvas.tokens.masked_fill_(self._after_end(), self.pad_token_id)
+            canvas.tokens.masked_fill_(self.after_end(), self.pad_token_id)
         if self.streamer is not None:
             self._stream(canvas.columns(stage)[:, -1] + 1)
 
@@ -169,14 +156,10 @@ class RowProgress:
         for tokens in columns if len(columns) == 1 else columns.unbind(1):
             self.streamer.put(tokens)
 
-    def _after_end(self) -> Tensor:
+    def after_end(self) -> Tensor:
         """The columns after the ends of rows, bool [batch, columns]."""
         ends = self.canvas.prompt_width + self.num_generated[:, None]
         return ~self.unfinished[:, None] & (self.canvas.all_columns >= ends)
-
-    def without_padding(self, record: Tensor, empty: float) -> Tensor:
-        """What was noted of each token [batch, columns], `empty` after the ends of rows."""
-        return record.masked_fill(self._after_end(), empty)
 
     def finish(self) -> Tensor:
         """The sequences [batch, prompt width + generated], padded after the end of each row."""

@@ -8,17 +8,13 @@ from .diffusion_block_diffusion import NOISE_SCHEDULES, generator_of
 
 class BlockNoise:
     """
-    The random numbers of one block.
-
-    With `seeds`, one for each row, each row has a generator of its own: its numbers depend on its seed and the number
-    of its block, counted in the row's own positions, so that they are the same whatever rows share the batch, and in a
-    text that is continued. Without, all numbers come from torch's global generator.
+    The random numbers of one block. With `seeds`, one for each row, each row has a generator of its own: its numbers
+    depend on its seed and the number of its block, counted in the row's own positions, so that they are the same
+    whatever rows share the batch, and in a text that is continued. Without, torch's global generator draws them.
     """
 
     def __init__(self, seeds: list[int] | None, blocks: list[int], shape: torch.Size, device: torch.device):
-        self.shape = shape
-        self.device = device
-        self.generators = None
+        self.shape, self.device, self.generators = shape, device, None
         if seeds is not None:
             # Numbers that differ for neighbouring seeds and blocks.
             self.generators = [generator_of(f"{seed} {block}") for seed, block in zip(seeds, blocks, strict=True)]
@@ -91,16 +87,14 @@ class Sampler:
 class FirstHittingSampler(Sampler):
     """
     Reveals one uniformly chosen masked token per forward (Zheng et al., arXiv 2409.02908, Alg. 1): the ancestral
-    sampler in the limit of infinitely many steps. With n tokens masked, the time of the next one follows
-    p <- p u^(1/n), u uniform.
+    sampler in the limit of infinitely many steps. With n tokens masked, the next time is p <- p u^(1/n), u uniform.
     """
 
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
         super().start(masked, noise)
         # Uniform in random order is the order of uniform numbers.
-        self._order = noise.uniform()
+        self._order, self._uniform = noise.uniform(), noise.uniform()
         self._mask_probability = torch.ones(masked.shape[0], device=masked.device)
-        self._uniform = noise.uniform()
 
     def candidates(self, masked: Tensor) -> Tensor:
         first = self._order.masked_fill(~masked, torch.inf).argmin(-1, keepdim=True)
@@ -119,23 +113,19 @@ class AncestralSampler(Sampler):
     Eq. 7): from p(t), that of the `noise_schedule`, to p(s) each masked token is revealed with probability
     (p(t) - p(s)) / p(t), drawn before it is predicted.
 
-    With a `remask_cap` in (0, 1], ReMDM's capped schedule (arXiv 2503.00307, Sec. 4.1): each token that was known
-    before the step is masked again with probability sigma = min(remask_cap, p(s) / (1 - p(t))), and masked ones are
-    revealed with probability (1 - p(s) - (1 - sigma) (1 - p(t))) / p(t), so that the masked fraction keeps to the
-    schedule.
+    With a `remask_cap` in (0, 1], ReMDM's capped schedule (arXiv 2503.00307, Sec. 4.1): each token known before the
+    step is masked again with probability sigma = min(remask_cap, p(s) / (1 - p(t))), and masked ones are revealed with
+    probability (1 - p(s) - (1 - sigma) (1 - p(t))) / p(t), so that the masked fraction keeps to the schedule.
     """
 
     may_pause = True
 
     def __init__(self, denoising_steps: int, noise_schedule: str = "loglinear", remask_cap: float = 0.0):
-        schedule = NOISE_SCHEDULES[noise_schedule]
         t = torch.arange(denoising_steps + 1, dtype=torch.float64) / denoising_steps
-        levels = schedule.mask_probability(t).flip(0)
+        levels = NOISE_SCHEDULES[noise_schedule].mask_probability(t).flip(0).tolist()
         # Everything is masked at the start and nothing at the end, where some schedules stop short by 1e-3.
-        levels[0], levels[-1] = 1.0, 0.0
-        self.levels = levels.tolist()
-        self.remask_cap = remask_cap
-        self.may_remask = remask_cap > 0
+        self.levels = [1.0, *levels[1:-1], 0.0]
+        self.remask_cap, self.may_remask = remask_cap, remask_cap > 0
         self._step = 0
 
     @property
