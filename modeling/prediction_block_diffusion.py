@@ -22,6 +22,11 @@ N_GRAM_BANS = (generation.NoRepeatNGramLogitsProcessor, generation.EncoderNoRepe
 CONFIDENCES = ("probability", "margin", "negative_entropy", "processed_probability")
 
 
+def ignores_context(processor: LogitsProcessor) -> bool:
+    """Whether a processor reads no token; a class of somebody's own may, unless it says that it does not."""
+    return type(processor) in CONTEXT_FREE_PROCESSORS or getattr(processor, "ignores_context", False)
+
+
 def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
     """Draws ids [rows] from softmax(`scores`) in float32 [rows, vocab] by inversion, at `uniform` in [0, 1) [rows]."""
     cumulative = scores.softmax(-1).cumsum(-1)
@@ -118,7 +123,7 @@ class TokenPredictor:
             raise ValueError(f"`watermarking_config` must be a `WatermarkingConfig`, but got {wrong_kind}.")
         self.logits_processor, self.do_sample = logits_processor, do_sample
         self.mask_token_id, self.prompts = mask_token_id, prompts
-        self.reads_context = not all(isinstance(part, CONTEXT_FREE_PROCESSORS) for part in logits_processor)
+        self.reads_context = not all(map(ignores_context, logits_processor))
         self._is_valid = self._is_finite = torch.tensor(True)
 
     def check(self) -> None:
@@ -171,7 +176,7 @@ class TokenPredictor:
         # A row's text is as long as the whole context, and is copied for those alone that read it.
         scores, no_text = logits.clone(), context.new_empty(len(row), 0)
         for processor in self.logits_processor:
-            if isinstance(processor, CONTEXT_FREE_PROCESSORS):
+            if ignores_context(processor):
                 scores = processor(no_text, scores)
             elif type(processor) in BIASES:
                 # It adds the bias of single tokens alone to an empty text.

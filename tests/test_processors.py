@@ -7,6 +7,7 @@ import torch
 from conftest import random_model
 from test_generation import left_padded, random_prompts
 from transformers import LogitsProcessor, LogitsProcessorList, SynthIDTextWatermarkingConfig, WatermarkingConfig
+from transformers.generation import TemperatureLogitsWarper
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "generation.md"
@@ -240,3 +241,15 @@ def test_every_line_of_the_table_is_shown_by_a_test():
     table = PAGE.read_text(encoding="utf-8").partition("## Processors")[2].partition("\n## ")[0]
     names = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     assert names == [check.__name__ for check in CHECKS]
+
+
+def test_a_subclass_of_a_processor_that_reads_no_token_may_read_them(model):
+    widths = set()
+
+    class Cooling(TemperatureLogitsWarper):
+        def __call__(self, input_ids, scores):
+            widths.add(input_ids.shape[1])
+            return super().__call__(input_ids, scores)
+
+    generate(model, logits_processor=LogitsProcessorList([Cooling(2.0)]))
+    assert widths == set(range(2, 16))

@@ -13,6 +13,7 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
     longer that way than to select from, so there that is the only way.
     """
 
+    ignores_context = True
     num_sorted = 512
     num_bins = 2048
     # In nats below the likeliest token; the last bin holds what lies beyond.
