@@ -99,10 +99,7 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     model_type = "bd3lm"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "token_nelbo"]
     attribute_map = PUBLISHED_FIELDS
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
+    base_model_tp_plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
