@@ -21,9 +21,8 @@ class NoiseSchedule:
     """
     How likely a token is masked at time t in [0, 1], and the weight that makes the weighted loss a bound.
 
-    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), `mask_probability`
-    gives p(t) = 1 - alpha_t, for times in [0, 1] of any shape [...], and `weight` of t and p(t) gives w(t) = -alpha'_t
-    / (1 - alpha_t).
+    With alpha_t the probability that a token is still there at time t in [0, 1] of any shape [...] (arXiv 2503.09573,
+    Sec. 3), `mask_probability` is p(t) = 1 - alpha_t, and `weight`, of t and p(t), w(t) = -alpha'_t / (1 - alpha_t).
     """
 
     mask_probability: Callable[[Tensor], Tensor]
@@ -75,13 +74,10 @@ def sample_timesteps(
 
     Args:
         batch_size, num_blocks: rows, and blocks per row.
-        noise_interval: (beta, omega), 0 <= beta <= omega <= 1.
+        noise_interval: (beta, omega), 0 <= beta <= omega <= 1; anything else raises a ValueError.
         antithetic: stratify the draws; otherwise they are independent.
         generator: where the random numbers come from, of any device; by default torch's global generator.
         device: where t is wanted.
-
-    Raises:
-        ValueError: `noise_interval` is no interval in [0, 1].
     """
     validate_noise_interval(noise_interval)
     beta, omega = noise_interval
@@ -118,9 +114,7 @@ def forward_process(
         drawn_on = x_0.device if generator is None else generator.device
         uniform = torch.empty(x_0.shape, device=drawn_on).uniform_(generator=generator).to(x_0.device)
     masked = uniform < mask_probability
-    if maskable is not None:
-        masked = masked & maskable
-    return torch.where(masked, mask_token_id, x_0)
+    return torch.where(masked if maskable is None else masked & maskable, mask_token_id, x_0)
 
 
 def subs_log_probs(logits: Tensor, x_t: Tensor, mask_token_id: int) -> Tensor:
