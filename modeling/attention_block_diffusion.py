@@ -14,7 +14,6 @@ causally (as the autoregressive model that a network comes from reads it) sees n
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -50,18 +49,11 @@ class Tokens(NamedTuple):
         return Tokens(*(function(value) if isinstance(value, Tensor) else value for value in self))
 
 
-@dataclass(frozen=True)
-class MaskKind:
+class MaskKind(NamedTuple):
     """
-    What a configuration says of masks.
-
-    Attributes:
-        block_size: tokens per block.
-        window: how many earlier blocks are seen.
-        sliding_windows: for each type of layers, how many positions they see, the query's own included, or None.
-        clean_is_causal: whether clean tokens see no later position of their own block.
-        implementation: the attention implementation that masks are for.
-        dtype: that of the hidden states.
+    What a configuration says of masks: how many earlier blocks are seen (`window`); for each type of layers, how many
+    positions they see, the query's own included, or None (`sliding_windows`); whether clean tokens see no later
+    position of their own block; and the attention implementation and `dtype` of hidden states that masks are for.
     """
 
     block_size: int
@@ -89,9 +81,7 @@ def token_block_ids(
     block_ids = position_ids.long() // block_size
     if document_ids is not None:
         block_ids = block_ids + document_ids.long() * DOCUMENT_STRIDE
-    if is_padding is not None:
-        block_ids = block_ids.masked_fill(is_padding, PADDING_BLOCK)
-    return block_ids
+    return block_ids if is_padding is None else block_ids.masked_fill(is_padding, PADDING_BLOCK)
 
 
 def block_starts(block_ids: Tensor) -> Tensor:
@@ -100,18 +90,16 @@ def block_starts(block_ids: Tensor) -> Tensor:
 
 
 def without_masked(block_ids: Tensor, is_masked: Tensor) -> Tensor:
-    """Whether the block of each token holds no masked one, bool [batch, length], from `is_masked` of that shape."""
+    """Whether the block of each token holds no masked one, bool [..., length], from `is_masked` of that shape."""
     block = (block_starts(block_ids).long().cumsum(-1) - 1).expand(is_masked.shape)
-    return torch.zeros_like(block).scatter_add_(1, block, is_masked.long()).gather(1, block) == 0
+    return torch.zeros_like(block).scatter_add_(-1, block, is_masked.long()).gather(-1, block) == 0
 
 
 def is_visible(query: Tokens, key: Tokens, window: int, sliding_window: int | None = None) -> Tensor:
     """
     The rules at the head of this file, bool, for tokens whose fields broadcast, a window of so many earlier blocks and
-    a sliding one of so many positions.
-
-    Copies of the text do not see each other. In a denoising pass, without streams, all tokens follow the rule of clean
-    ones.
+    a sliding one of so many positions. Copies of the text do not see each other. Without streams, in a denoising pass,
+    all tokens follow the rule of clean ones.
     """
     # Compared and not subtracted: a span of every pair would take eight times the memory of the mask.
     visible = (key.block_ids <= query.block_ids) & (key.block_ids >= query.block_ids - window)
@@ -175,17 +163,15 @@ def denoising_tokens(
 ) -> tuple[Tokens, Tokens]:
     """
     The `length` tokens after a cache, whose fields are [batch or 1, length], and all keys [batch or 1, keys];
-    `attention_mask` and `position_ids` are as `forward` takes them.
-
-    Cached tokens are known by their columns, from which each row's positions differ by its left padding.
+    `attention_mask` and `position_ids` are as `forward` takes them. Cached tokens are known by their columns, from
+    which each row's positions differ by its left padding.
     """
     cached_length = cache.get_seq_length()
     num_keys, first_key = cache.get_mask_sizes(length, 0)
     columns = torch.arange(length, device=device)[None] + cached_length
-    if position_ids is None:
-        position_ids = columns
-        if attention_mask is not None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    if position_ids is None and attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    position_ids = columns if position_ids is None else position_ids
     num_padding = columns[:, -1:] - position_ids[:, -1:]
     key_columns = torch.arange(num_keys, device=device)[None] + first_key
     key_positions = key_columns - num_padding

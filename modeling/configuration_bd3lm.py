@@ -24,6 +24,8 @@ class BlockDiffusionConfigMixin:
     sliding_windows = {"full_attention": None}
     clean_attention = "block"
     shift_logits = False
+    # Whether the fields came under the names of the published checkpoints.
+    is_published_format = False
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -43,11 +45,6 @@ class BlockDiffusionConfigMixin:
             config.block_size = wanted
         config.validate()
         return result
-
-    @property
-    def is_published_format(self) -> bool:
-        """Whether the fields came under the names of the published checkpoints."""
-        return getattr(self, "_is_published_format", False)
 
     def _require(self, holds: bool, field: str, rule: str) -> None:
         if not holds:
@@ -102,10 +99,7 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     model_type = "bd3lm"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "token_nelbo"]
     attribute_map = PUBLISHED_FIELDS
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
+    base_model_tp_plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
@@ -150,7 +144,7 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         self._validate_choices()
 
     def _read_published_fields(self, kwargs: dict[str, Any]) -> None:
-        self._is_published_format = "hidden_dim" in kwargs
+        self.is_published_format = "hidden_dim" in kwargs
         for published, field in PUBLISHED_FIELDS.items():
             if published in kwargs:
                 setattr(self, field, kwargs.pop(published))
@@ -168,12 +162,10 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         # Of the training run or of its machine; nothing here depends on them.
         for unused in ("attn_backend", "var_min"):
             kwargs.pop(unused, None)
-        if self._is_published_format:
-            # The published models return tuples unless asked otherwise, and say so in their `config.json`.
-            self.return_dict = True
-            # The remote code of a published repository is what no longer loads.
+        if self.is_published_format:
+            # Their `config.json` asks for tuples in place of outputs, and for remote code that no longer loads.
+            self.return_dict, self.architectures = True, None
             kwargs.pop("auto_map", None)
-            self.architectures = None
 
     @property
     def head_dim(self) -> int:
@@ -187,9 +179,7 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as saved: always under this package's names."""
-        fields = super().to_dict()
-        fields.pop("_is_published_format", None)
-        return fields
+        return {name: value for name, value in super().to_dict().items() if name != "is_published_format"}
 
     def _validate_sizes(self) -> None:
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
@@ -216,10 +206,8 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
 
 
 def validate_noise_interval(noise_interval: tuple[float, float]) -> None:
-    """
-    Raises a ValueError unless 0 <= beta <= omega <= 1 and omega > 0 hold of the `noise_interval`. beta = omega fixes
-    t, which makes block size 1 autoregressive.
-    """
+    """Raises a ValueError unless the `noise_interval` (beta, omega) has 0 <= beta <= omega <= 1 and omega > 0."""
+    # beta = omega fixes t, which makes block size 1 autoregressive.
     if len(noise_interval) != 2 or not 0 <= noise_interval[0] <= noise_interval[1] <= 1 or noise_interval[1] == 0:
         raise ValueError(
             "`noise_interval` must be a pair (beta, omega) with 0 <= beta <= omega <= 1 and omega > 0, but got "

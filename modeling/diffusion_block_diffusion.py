@@ -21,20 +21,16 @@ class NoiseSchedule:
     """
     How likely a token is masked at time t in [0, 1], and the weight that makes the weighted loss a bound.
 
-    With alpha_t the probability that a token is still there at time t (arXiv 2503.09573, Sec. 3), `probability` gives
-    p(t) = 1 - alpha_t, and `weight` of t and p(t) gives w(t) = -alpha'_t / (1 - alpha_t).
+    With alpha_t the probability that a token is still there at time t in [0, 1] of any shape [...] (arXiv 2503.09573,
+    Sec. 3), `mask_probability` is p(t) = 1 - alpha_t, and `weight`, of t and p(t), w(t) = -alpha'_t / (1 - alpha_t).
     """
 
-    probability: Callable[[Tensor], Tensor]
+    mask_probability: Callable[[Tensor], Tensor]
     weight: Callable[[Tensor, Tensor], Tensor]
-
-    def mask_probability(self, t: Tensor) -> Tensor:
-        """p(t), for times `t` in [0, 1] of any shape [...]: probabilities [...]."""
-        return self.probability(t)
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """w(t), for times `t` in (0, 1] of any shape [...]: weights [...], in 1 / (unit of t)."""
-        return self.weight(t, self.probability(t))
+        return self.weight(t, self.mask_probability(t))
 
 
 HALF_PI = math.pi / 2
@@ -77,15 +73,11 @@ def sample_timesteps(
     the blocks in random order, so that each block's t is uniform whatever its row and its place in the row.
 
     Args:
-        batch_size: number of rows.
-        num_blocks: blocks per row.
-        noise_interval: (beta, omega), 0 <= beta <= omega <= 1.
+        batch_size, num_blocks: rows, and blocks per row.
+        noise_interval: (beta, omega), 0 <= beta <= omega <= 1; anything else raises a ValueError.
         antithetic: stratify the draws; otherwise they are independent.
         generator: where the random numbers come from, of any device; by default torch's global generator.
         device: where t is wanted.
-
-    Raises:
-        ValueError: `noise_interval` is no interval in [0, 1].
     """
     validate_noise_interval(noise_interval)
     beta, omega = noise_interval
@@ -122,9 +114,7 @@ def forward_process(
         drawn_on = x_0.device if generator is None else generator.device
         uniform = torch.empty(x_0.shape, device=drawn_on).uniform_(generator=generator).to(x_0.device)
     masked = uniform < mask_probability
-    if maskable is not None:
-        masked = masked & maskable
-    return torch.where(masked, mask_token_id, x_0)
+    return torch.where(masked if maskable is None else masked & maskable, mask_token_id, x_0)
 
 
 def subs_log_probs(logits: Tensor, x_t: Tensor, mask_token_id: int) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-# Elements of one chunk of logits: 64 MiB in float32 on a CPU, 512 MiB on an accelerator, where few and large products
-# are wanted.
+# Elements of one chunk of logits: 64 MiB in float32 on a CPU, 512 MiB on an accelerator, which wants large products.
 CHUNK_NUMEL_ON_CPU = 2**24
 CHUNK_NUMEL = 2**27
 
@@ -37,32 +36,25 @@ def token_nats(hidden_states: Tensor, targets: Tensor, head: nn.Module, mask_tok
     # In lower precision torch's own returns nats that are rounded to it.
     if can_fuse and hidden_states.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_states.device.type):
         return fused_nats(hidden_states, targets, head, mask_token_id, chunk_size)
-    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size, is_plain, keep=is_abstract)
+    # Whoever lends a plain head its weights for the forward pass may have taken them back in the backward pass.
+    weights = (head.weight, head.bias) if is_plain else ()
+    return chunked_nats(hidden_states, targets, head, mask_token_id, chunk_size, *weights, keep=is_abstract)
 
 
 def fused_nats(hidden_states: Tensor, targets: Tensor, head: nn.Linear, mask_token_id: int, chunk_size: int) -> Tensor:
     """[`token_nats`] by torch's `linear_cross_entropy`; the mask token's bias at -inf makes its probability 0."""
     weight = head.weight
     bias = weight.new_zeros(weight.shape[0]) if head.bias is None else head.bias
-    is_mask_token = torch.arange(weight.shape[0], device=weight.device) == mask_token_id
-    bias = bias.masked_fill(is_mask_token, -torch.inf)
+    bias = bias.masked_fill(torch.arange(len(bias), device=bias.device) == mask_token_id, -torch.inf)
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
     arguments = {"linear_bias": bias, "reduction": "none", "options": options}
     return nn.functional.linear_cross_entropy(hidden_states, weight, targets, **arguments)
 
 
 def chunked_nats(
-    hidden_states: Tensor,
-    targets: Tensor,
-    head: nn.Module,
-    mask_token_id: int,
-    chunk_size: int,
-    is_plain: bool = False,
-    keep: bool = False,
+    hidden_states: Tensor, targets: Tensor, head: nn.Module, mask_token_id: int, chunk_size: int, *weights, keep=False
 ) -> Tensor:
-    """[`token_nats`] in chunks of tokens, whose logits are kept or made again in the backward pass."""
-    # Whoever lends a plain head its weights for the forward pass may have taken them back by then.
-    weights = (head.weight, head.bias) if is_plain else ()
+    """[`token_nats`] in chunks of tokens, whose logits are kept or made again; `weights` are those of a plain head."""
 
     def nats_of_chunk(hidden: Tensor, target: Tensor, *weights: Tensor | None) -> Tensor:
         logits = (nn.functional.linear(hidden, *weights) if weights else head(hidden)).float()

@@ -58,8 +58,7 @@ class BD3LMRotaryEmbedding(nn.Module):
 
     def __init__(self, config: BD3LMConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.rope_theta = config.rope_theta
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids [batch, length] -> cos and sin, each [batch, 1, length, head_dim]."""
@@ -69,15 +68,10 @@ class BD3LMRotaryEmbedding(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate_half(states: Tensor) -> Tensor:
-    """(first, second half) -> (-second, first) in the last dimension."""
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
 def apply_rotary_pos_emb(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys [batch, heads, length, head_dim] at their positions."""
-    return states * cos + rotate_half(states) * sin
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention_forward(
@@ -96,48 +90,33 @@ class BD3LMAttention(nn.Module):
 
     def __init__(self, config: BD3LMConfig, layer_idx: int):
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, False
+        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
         size = config.hidden_size
         self.q_proj = nn.Linear(size, size, bias=False)
         self.k_proj = nn.Linear(size, size, bias=False)
         self.v_proj = nn.Linear(size, size, bias=False)
         self.o_proj = nn.Linear(size, size, bias=False)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, **kwargs: Any):
         """
-        [batch, length, hidden] -> the same shape, and the attention weights where the implementation gives them.
-        Cosines and sines are [batch or 1, 1, length, head_dim]. Without a mask every query sees every key.
+        [batch, length, hidden] -> the same shape, and attention weights where the implementation has them, by cosines
+        and sines of positions [batch or 1, 1, length, head_dim]. Without a mask every query sees every key.
         """
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        query_states = apply_rotary_pos_emb(query_states, *position_embeddings)
-        key_states = apply_rotary_pos_emb(key_states, *position_embeddings)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, *position_embeddings), apply_rotary_pos_emb(key, *position_embeddings)
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
-
+            key, value = cache.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
         if "flash" in implementation and attention_mask is not None:
             # The flash kernels know no such mask: SDPA computes the same.
             implementation = "sdpa"
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attn_output, attn_weights = attention_interface(
-            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
 
 
 class BD3LMMLP(nn.Module):
@@ -166,15 +145,7 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         if config.adaln:
             self.adaln_modulation = zero_linear(config.cond_dim, 6 * config.hidden_size)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        position_embeddings: tuple[Tensor, Tensor],
-        condition: Tensor | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states, attention_mask, position_embeddings, condition=None, cache=None, **kwargs: Any):
         """
         [batch, length, hidden] -> the same shape, under the embedded noise level `condition` [batch or 1, length or 1,
         cond_dim], which is None without `adaln`; the other arguments are those of [`BD3LMAttention`].
@@ -183,11 +154,9 @@ class BD3LMDecoderLayer(GradientCheckpointingLayer):
         if condition is not None:
             modulation = self.adaln_modulation(condition).to(hidden_states.dtype).chunk(6, dim=-1)
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-
         branch = modulate(self.input_layernorm(hidden_states), attn_shift, attn_scale)
         branch, _ = self.self_attn(branch, position_embeddings, attention_mask, cache=cache, **kwargs)
         hidden_states = self.add(hidden_states, branch, attn_gate)
-
         branch = modulate(self.post_attention_layernorm(hidden_states), mlp_shift, mlp_scale)
         return self.add(hidden_states, self.mlp(branch), mlp_gate)
 
@@ -222,6 +191,12 @@ class BD3LMPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedModel):
     # Buffers of the published code: the rotary frequencies follow from the config, the interval is in it.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"sampling_eps_(min|max)"]
     _can_record_outputs = {"hidden_states": BD3LMDecoderLayer, "attentions": BD3LMAttention}
+    auto_map = {
+        "AutoConfig": f"{BD3LMConfig.__module__.split('.')[-1]}.BD3LMConfig",
+        "AutoModel": f"{__name__.split('.')[-1]}.BD3LMModel",
+        "AutoModelForMaskedLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
+        "AutoModelForCausalLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -291,8 +266,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
             timesteps: noise level sigma of each row [batch] or of each token [batch, length]. None means 0.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, shapes that do not fit, training under
-                `flex_attention` on a CPU.
+            ValueError: two inputs or none, shapes that do not fit, training under `flex_attention` on a CPU.
         """
         check_one_input(input_ids, inputs_embeds)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -344,13 +318,6 @@ class BD3LMForMaskedLM(BlockDiffusionLMMixin, BD3LMPreTrainedModel, BlockDiffusi
         self.post_init()
 
 
-AUTO_MAP = {
-    "AutoConfig": f"{BD3LMConfig.__module__.split('.')[-1]}.BD3LMConfig",
-    "AutoModel": f"{__name__.split('.')[-1]}.BD3LMModel",
-    "AutoModelForMaskedLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
-    "AutoModelForCausalLM": f"{__name__.split('.')[-1]}.BD3LMForMaskedLM",
-}
-BD3LMPreTrainedModel.auto_map = AUTO_MAP
 BD3LMConfig.register_for_auto_class()
 BD3LMModel.register_for_auto_class("AutoModel")
 BD3LMForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

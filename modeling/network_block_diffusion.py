@@ -12,6 +12,7 @@ The mask is data ([`block_diffusion_mask`]) and passes through untouched. The ne
 
 import copy
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -46,16 +47,12 @@ NO_NEXT_TOKEN_SCORES = (
 )
 
 
-def prepare_denoising(
-    config, given: Tensor, dtype: torch.dtype, text: tuple, cache: Cache | None
-) -> tuple[Tensor, Any]:
+def prepare_denoising(config, given: Tensor, dtype: torch.dtype, text: tuple, cache: Cache | None) -> tuple:
     """
     (positions [batch or 1, length], mask) of a denoising pass as the network takes them, for hidden states of a
-    `dtype`; a mask that was prepared already stays as it is.
-
-    `given` are ids [batch, length] or embeddings [batch, length, hidden], `text` is (attention_mask, position_ids,
-    document_ids) as in [`BlockDiffusionLMMixin.forward`]. Raises a ValueError for shapes that do not fit and
-    `document_ids` with a cache.
+    `dtype`; a mask that was prepared already stays as it is. `given` are ids [batch, length] or embeddings [batch,
+    length, hidden], `text` is (attention_mask, position_ids, document_ids) as in [`BlockDiffusionLMMixin.forward`].
+    Raises a ValueError for shapes that do not fit and `document_ids` with a cache.
     """
     attention_mask, position_ids, document_ids = text
     (batch_size, length), device = given.shape[:2], given.device
@@ -92,11 +89,9 @@ def is_prepared(attention_mask: Any) -> bool:
 
 def as_int64(name: str, ids: Tensor | None) -> Tensor | None:
     """Ids [...] of any integer dtype as int64, or None; raises a ValueError where these are no integers."""
-    if ids is None:
-        return None
-    if ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids is not None and (ids.is_floating_point() or ids.dtype == torch.bool):
         raise ValueError(f"`{name}` must be of an integer dtype, but got {ids.dtype}.")
-    return ids.long()
+    return None if ids is None else ids.long()
 
 
 def check_one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
@@ -130,11 +125,7 @@ def select_positions(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Ten
 class BlockDiffusionPreTrainedMixin:
     """Resizing and saving of a model; the class that it is mixed into has an `auto_map` of its remote code."""
 
-    auto_map: dict[str, str]
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
-    ) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`; raises a ValueError if the mask token would be dropped."""
         multiple, mask_token_id = pad_to_multiple_of or 1, self.config.mask_token_id
         if new_num_tokens is not None and -(-new_num_tokens // multiple) * multiple <= mask_token_id:
@@ -163,10 +154,8 @@ class BlockDiffusionPreTrainedMixin:
 
 class BlockDiffusionLMMixin:
     """
-    `forward` of a block diffusion language model over any network; see the head of this file.
-
-    The class that it is mixed into has the network as `base_model`, the head as `get_output_embeddings()`, and a
-    `config` like BD3LMConfig.
+    `forward` of a block diffusion language model over any network; see the head of this file. The class that it is
+    mixed into has the network as `base_model`, the head as `get_output_embeddings()`, and a `config` like BD3LMConfig.
     """
 
     # The look for mask tokens waits for the device: only so many passes are looked at.
@@ -183,13 +172,10 @@ class BlockDiffusionLMMixin:
         if not self._num_checks_left or is_tracing(input_ids):
             return
         self._num_checks_left -= 1
-        try:
-            all_clean = not (input_ids == self.config.mask_token_id).any()
-        except RuntimeError:
-            # On `meta`, under `vmap` and under tracers there are no values.
-            return
-        if all_clean:
-            logger.warning_once(NO_NEXT_TOKEN_SCORES, "Logits were asked for of `input_ids` without a mask token")
+        # On `meta`, under `vmap` and under tracers there are no values.
+        with suppress(RuntimeError):
+            if not (input_ids == self.config.mask_token_id).any():
+                logger.warning_once(NO_NEXT_TOKEN_SCORES, "Logits were asked for of `input_ids` without a mask token")
 
     @accepts_past_key_values
     @can_return_tuple
@@ -224,8 +210,7 @@ class BlockDiffusionLMMixin:
           in `clean_input_ids`, and the `loss_weights`.
 
         Args:
-            input_ids: ids [batch, length]; x_t may hold several noised copies of the text, one after the other
-                [batch, copies * length].
+            input_ids: ids [batch, length]; in x_t noised copies may follow one another [batch, copies * length].
             attention_mask: 0 at padding [batch, cached + length]; or in a denoising pass a mask as the network takes
                 it ([`block_diffusion_mask`]), which passes through untouched.
             position_ids: counted in real tokens [batch, length]; a document begins where they do not go up by one.
@@ -236,8 +221,7 @@ class BlockDiffusionLMMixin:
             labels: the clean id of each token to be predicted, -100 for tokens that are neither masked nor predicted
                 (prompts, padding) [batch, length]; not shifted.
             use_cache: make a cache if none is given.
-            logits_to_keep: compute the logits of the last so many positions, or of these columns [kept], or of these
-                columns of each row [batch, kept]; 0 means all.
+            logits_to_keep: the last so many positions to score, or columns [kept] or [batch, kept]; 0 means all.
             document_ids: equal for the tokens of one document of a packed row [batch, length].
             noise_interval: (beta, omega) that t is drawn from, in place of the one above.
             noise_seed: in evaluation mode another number gives the same text other noise.
@@ -246,8 +230,7 @@ class BlockDiffusionLMMixin:
             kwargs: `output_hidden_states`, `output_attentions` and what else the network takes.
 
         Raises:
-            ValueError: arguments that exclude each other, shapes that do not fit, labels that hold the mask token,
-                noise of which a part is missing.
+            ValueError: arguments that exclude each other, wrong shapes, the mask token in labels, noise given in part.
         """
         check_one_input(input_ids, inputs_embeds)
         check_head(self.get_output_embeddings())
@@ -265,21 +248,20 @@ class BlockDiffusionLMMixin:
                 "`labels` and `clean_input_ids` go with `input_ids`, but got `inputs_embeds` or `cache` with them."
             )
         if labels is not None:
-            is_drawn_here = clean_input_ids is None
-            if is_drawn_here and (timesteps is not None or loss_weights is not None):
+            x_0 = input_ids if clean_input_ids is None else clean_input_ids
+            if clean_input_ids is None and (timesteps is not None or loss_weights is not None):
                 raise ValueError(
                     "`labels` without `clean_input_ids` ask for noise to be drawn here, but got `timesteps` or "
                     "`loss_weights`, which belong to noise drawn elsewhere."
                 )
-            if not is_drawn_here and (loss_weights is None or noise_interval is not None):
+            if clean_input_ids is not None and (loss_weights is None or noise_interval is not None):
                 raise ValueError(
                     "`labels` with `clean_input_ids` take noise drawn elsewhere, so `loss_weights` must be given and "
                     f"`noise_interval` not, but got {type(loss_weights).__name__} and {noise_interval}."
                 )
-            x_0 = input_ids if is_drawn_here else clean_input_ids
             blocks = TextBlocks.of_batch(self.config, x_0, labels, *text)
             noise = (input_ids, timesteps, loss_weights)
-            if is_drawn_here:
+            if clean_input_ids is None:
                 noise = self._draw_noise(x_0, blocks, noise_interval, noise_seed)
             return self._denoising_loss(x_0, labels, blocks, noise, num_items_in_batch, **kwargs)
         if clean_input_ids is not None:
@@ -295,15 +277,17 @@ class BlockDiffusionLMMixin:
                 # Of the first position given nothing is known: `generate` keeps what the pass before said of it.
                 hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, :-1]], dim=1)
         logits = self._logits(select_positions(hidden_states, logits_to_keep))
-        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return BlockDiffusionOutput(logits=logits, cache=cache, **seen)
+        return BlockDiffusionOutput(None, logits, cache, outputs.hidden_states, outputs.attentions)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Raw scores of the final hidden states [batch, kept, hidden] -> [batch, kept, vocab]."""
         return self.get_output_embeddings()(hidden_states)
 
-    def _network(self, **inputs: Any):
+    def _network(self, timesteps: Tensor | None = None, **inputs: Any):
         """Calls the network: the output has a `last_hidden_state` [batch, length, hidden]."""
+        # A stock decoder knows no noise level.
+        if timesteps is not None:
+            inputs["timesteps"] = timesteps
         return self.base_model(return_dict=True, **inputs)
 
     def _denoising_pass(self, input_ids, inputs_embeds, text, cache, timesteps, use_cache, **kwargs: Any):
@@ -314,19 +298,14 @@ class BlockDiffusionLMMixin:
             self._warn_of_next_tokens(input_ids)
         given = input_ids if inputs_embeds is None else inputs_embeds
         position_ids, attention_mask = prepare_denoising(self.config, given, self.dtype, text, cache)
-        # A stock decoder knows no noise level.
-        optional = {"timesteps": timesteps, "inputs_embeds": inputs_embeds}
-        kwargs.update({name: value for name, value in optional.items() if value is not None})
         kwargs.update(position_ids=position_ids, attention_mask=attention_mask, cache=cache, use_cache=use_cache)
-        return self._network(input_ids=input_ids, **kwargs)
+        return self._network(input_ids=input_ids, inputs_embeds=inputs_embeds, timesteps=timesteps, **kwargs)
 
     def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, **kwargs: Any) -> tuple[TwoStreams, Any]:
         """[x_t ; x_0] and the network's output."""
         streams = self._two_streams(x_t, x_0, blocks, timesteps, masked)
-        if streams.timesteps is not None:
-            kwargs["timesteps"] = streams.timesteps
         kwargs.update(position_ids=streams.position_ids, attention_mask=streams.attention_mask)
-        return streams, self._network(input_ids=streams.input_ids, **kwargs)
+        return streams, self._network(input_ids=streams.input_ids, timesteps=streams.timesteps, **kwargs)
 
     def _two_streams(self, x_t, x_0, blocks, timesteps, masked=None) -> TwoStreams:
         """[x_t ; x_0]: on a CPU without what the `masked` tokens do not depend on."""
@@ -344,9 +323,7 @@ class BlockDiffusionLMMixin:
             masked = None
         return TwoStreams.of_noise(self.config, blocks, x_t, x_0, timesteps, self.dtype, masked, reads_noisy)
 
-    def _draw_noise(
-        self, x_0: Tensor, blocks: TextBlocks, noise_interval: tuple[float, float] | None, noise_seed: int
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draw_noise(self, x_0, blocks, noise_interval, noise_seed) -> tuple[Tensor, Tensor | None, Tensor]:
         """One draw of t per block and of x_t: (x_t, sigma of each token or None, weight of each token in the loss)."""
         config, schedule, uniform = self.config, NOISE_SCHEDULES[self.config.noise_schedule], None
         if self.training or x_0.is_meta:
@@ -374,37 +351,30 @@ class BlockDiffusionLMMixin:
         nelbo = nelbo.masked_scatter(masked, tokens_where(masked, loss_weights).float() * nats)
         nelbo = nelbo.unflatten(1, (num_copies, -1)).sum(1)
         loss = nelbo.sum() / num_items_in_batch
-        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return BlockDiffusionOutput(loss=loss, token_nelbo=nelbo, **seen)
+        return BlockDiffusionOutput(loss, None, None, outputs.hidden_states, outputs.attentions, nelbo)
 
     def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
         """
         -log x_theta of the `masked` tokens, bool [batch, copies * length], from their hidden states [num_masked,
         hidden] and the clean ids [batch, length], in nats [num_masked], float32, differentiable.
         """
-        num_copies = masked.shape[1] // max(labels.shape[1], 1)
-        targets = tokens_where(masked, labels.repeat(1, num_copies))
+        targets = tokens_where(masked, labels.repeat(1, masked.shape[1] // max(labels.shape[1], 1)))
         return token_nats(hidden_states, targets, self.get_output_embeddings(), self.config.mask_token_id)
 
 
-def noise_of_text(
-    x_0: Tensor, blocks: TextBlocks, noise_interval: tuple[float, float], seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def noise_of_text(x_0: Tensor, blocks: TextBlocks, noise_interval: tuple, seed: int = 0) -> tuple[Tensor, Tensor]:
     """
     Noise that depends on the text `x_0` [batch, length] of each row and a seed alone, so that two evaluations of the
     same weights agree: (t of each token's block, stratified over the blocks of a row, 0 without a predicted token;
     a uniform number in [0, 1) for each predicted token, 1 for others), both [batch, length], float32.
     """
     t, uniform = torch.zeros(x_0.shape), torch.ones(x_0.shape)
-    predicted, block, ids = blocks.predicted.cpu(), blocks.block.cpu(), x_0.cpu()
-    for row in range(len(x_0)):
-        chosen = predicted[row]
-        if not chosen.any():
-            continue
-        generator = generator_of(str((seed, ids[row][chosen].tolist())))
-        drawn_blocks = block[row][chosen].unique()
-        t_of_block = torch.zeros(int(block[row].max()) + 1)
-        t_of_block[drawn_blocks] = sample_timesteps(1, len(drawn_blocks), noise_interval, generator=generator)[0]
-        t[row] = t_of_block[block[row]]
-        uniform[row, chosen] = torch.rand(int(chosen.sum()), generator=generator)
+    for row, (chosen, block, ids) in enumerate(zip(blocks.predicted.cpu(), blocks.block.cpu(), x_0.cpu())):
+        if chosen.any():
+            generator = generator_of(str((seed, ids[chosen].tolist())))
+            drawn_blocks = block[chosen].unique()
+            t_of_block = torch.zeros(int(block.max()) + 1)
+            t_of_block[drawn_blocks] = sample_timesteps(1, len(drawn_blocks), noise_interval, generator=generator)[0]
+            t[row] = t_of_block[block]
+            uniform[row, chosen] = torch.rand(int(chosen.sum()), generator=generator)
     return t.to(x_0.device), uniform.to(x_0.device)

@@ -16,8 +16,7 @@ def accepts_past_key_values(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def wrapper(self, *args: Any, **kwargs: Any):
-        past_key_values = kwargs.pop("past_key_values", None)
-        if past_key_values is not None:
+        if (past_key_values := kwargs.pop("past_key_values", None)) is not None:
             if kwargs.get("cache") is not None:
                 raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
             kwargs["cache"] = past_key_values
@@ -77,8 +76,7 @@ class BlockDiffusionOutput(CacheOutput):
 
     def __setitem__(self, key, value):
         if key == "input_ids":
-            # `FillMaskPipeline` alone puts them here. It would propose the mask token as well, and fill a gap from
-            # earlier ones that are still open.
+            # `FillMaskPipeline` alone puts them here; it would fill a gap from earlier ones that are still open.
             raise ValueError(
                 "`pipeline` must be asked for 'text-infilling' in place of 'fill-mask', which takes the scores of one "
                 "pass over all gaps for probabilities."

@@ -19,11 +19,11 @@ from .attention_block_diffusion import (
     block_starts,
     plain_two_stream_mask,
     token_block_ids,
+    without_masked,
 )
 
 
-# The compacted noisy stream has one of so many widths, whatever the noise: kernels that are made for each shape, and
-# kept, are few then.
+# The compacted noisy stream has one of so many widths, so that kernels made for each shape, and kept, are few.
 NUM_WIDTHS = 32
 
 
@@ -35,10 +35,9 @@ def check_shape(name: str, value: Tensor | None, other: str, shape: torch.Size) 
 
 def positions_and_blocks(config, shape: torch.Size, device: torch.device, text: tuple) -> tuple[Tensor, Tensor]:
     """
-    Positions and block ids of whole rows of `shape` [batch, length], each [1, length] where all rows are alike.
-
-    `text` is (attention_mask, position_ids, document_ids) as the model's `forward` takes them; one of them is enough.
-    Raises a ValueError for `document_ids` of another shape.
+    Positions and block ids of whole rows of `shape` [batch, length], each [1, length] where all rows are alike. Of
+    `text`, (attention_mask, position_ids, document_ids) as the model's `forward` takes them, one is enough. Raises a
+    ValueError for `document_ids` of another shape.
     """
     attention_mask, position_ids, document_ids = text
     columns = torch.arange(shape[1], device=device)[None]
@@ -81,15 +80,7 @@ class TextBlocks:
     shape: tuple[int, int]
 
     @classmethod
-    def of_batch(
-        cls,
-        config,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-    ) -> "TextBlocks":
+    def of_batch(cls, config, input_ids, labels, attention_mask=None, position_ids=None, document_ids=None):
         """
         Reads a batch as the model's `forward` takes it with `labels`; all arguments are [batch, length]. Raises a
         ValueError for other shapes, padding between real tokens, and a mask token among those to be predicted.
@@ -137,14 +128,11 @@ def columns_to_compute(block_ids: Tensor, masked: Tensor) -> tuple[Tensor, int]:
     The columns of x_t in blocks that hold a prediction, `masked` [batch, copies * length], filled up with others
     [batch, num_noisy], and how many of the first clean tokens such a block sees.
     """
-    num_copies = masked.shape[1] // block_ids.shape[1]
     columns = torch.arange(block_ids.shape[1], device=masked.device)
     first_of_block = torch.where(block_starts(block_ids), columns, 0).cummax(-1).values
-    first_of_block = first_of_block.repeat(1, num_copies).expand(masked.shape)
-    block = first_of_block + torch.arange(masked.shape[1], device=masked.device) // len(columns) * len(columns)
-    is_active = torch.zeros_like(block).scatter_add_(1, block, masked.long()).gather(1, block) > 0
-    noisy_columns, _ = flagged_first(is_active, multiple=-(-masked.shape[1] // NUM_WIDTHS))
-    return noisy_columns, int(torch.where(is_active, first_of_block, 0).max())
+    is_active = ~without_masked(block_ids[:, None], masked.unflatten(1, (-1, len(columns))))
+    noisy_columns, _ = flagged_first(is_active.flatten(1), multiple=-(-masked.shape[1] // NUM_WIDTHS))
+    return noisy_columns, int(torch.where(is_active, first_of_block[:, None], 0).max())
 
 
 @dataclass
@@ -155,8 +143,7 @@ class TwoStreams:
     Attributes:
         input_ids, position_ids: noisy tokens, then clean ones [batch, num_noisy + num_clean].
         attention_mask: as [`block_diffusion_mask`] makes it.
-        timesteps: noise level sigma of each token, 0 for clean ones [batch, num_noisy + num_clean]; or of each row
-            [batch]; or None.
+        timesteps: sigma of each token, 0 for clean ones [batch, num_noisy + num_clean], of each row [batch], or None.
         num_noisy: tokens of the noisy stream.
         noisy_columns: the columns of x_t that the noisy stream holds [batch, num_noisy]; None means all.
         read_at: where in both streams the prediction of each noisy token is read, if not at itself [batch, num_noisy].
@@ -171,17 +158,7 @@ class TwoStreams:
     read_at: Tensor | None = None
 
     @classmethod
-    def of_noise(
-        cls,
-        config,
-        blocks: TextBlocks,
-        x_t: Tensor,
-        x_0: Tensor,
-        timesteps: Tensor | None,
-        dtype: torch.dtype,
-        masked: Tensor | None = None,
-        reads_noisy: bool = False,
-    ) -> "TwoStreams":
+    def of_noise(cls, config, blocks, x_t, x_0, timesteps, dtype, masked=None, reads_noisy=False) -> "TwoStreams":
         """
         Both streams, of x_t [batch, copies * length] and x_0 [batch, length], the text of `blocks`, under sigma of
         each token of x_t, or of each row [batch], or None. With `masked`, the tokens of x_t that are predicted, bool
@@ -190,9 +167,7 @@ class TwoStreams:
         token before it.
         """
         length, num_copies = x_0.shape[1], x_t.shape[1] // max(x_0.shape[1], 1)
-        noisy_columns, num_clean = None, length
-        if masked is not None:
-            noisy_columns, num_clean = columns_to_compute(blocks.block_ids, masked)
+        noisy_columns, num_clean = (None, length) if masked is None else columns_to_compute(blocks.block_ids, masked)
 
         def both(noisy: Tensor, clean: Tensor) -> Tensor:
             if noisy_columns is not None:
@@ -208,12 +183,12 @@ class TwoStreams:
         else:
             stream = torch.arange(1, num_copies + 1, device=x_0.device).repeat_interleave(length)[None]
             streams = both(stream, torch.zeros_like(stream[:, :length]))
-            is_causal = kind.clean_is_causal and streams == 0
-            tokens = Tokens(of_both(blocks.block_ids), position_ids, streams, is_causal)
+            tokens = Tokens(of_both(blocks.block_ids), position_ids, streams, kind.clean_is_causal and streams == 0)
             mask = block_diffusion_mask(tokens, tokens, kind)
         if timesteps is not None and timesteps.dim() == 2:
             timesteps = both(timesteps, timesteps.new_zeros(x_0.shape))
-        num_noisy, read_at = x_t.shape[1] if noisy_columns is None else noisy_columns.shape[1], None
+        input_ids, read_at = both(x_t, x_0), None
+        num_noisy = input_ids.shape[1] - num_clean
         if config.shift_logits:
             # The token before: of the same block in the noisy stream, of an earlier block in the clean one.
             read_at = torch.arange(num_noisy, device=x_0.device)[None] - 1
@@ -221,14 +196,11 @@ class TwoStreams:
                 columns = torch.arange(length, device=x_0.device)[None]
                 is_first = of_both(block_starts(blocks.block_ids))[:, :num_noisy]
                 read_at = torch.where(is_first, num_noisy + of_both(columns)[:, :num_noisy] - 1, read_at)
-            read_at = read_at.clamp(0, num_noisy + num_clean - 1).expand(len(x_0), -1)
-        return cls(both(x_t, x_0), position_ids, mask, timesteps, num_noisy, noisy_columns, read_at)
+            read_at = read_at.clamp(0, input_ids.shape[1] - 1).expand(len(x_0), -1)
+        return cls(input_ids, position_ids, mask, timesteps, num_noisy, noisy_columns, read_at)
 
     def noisy_states(self, states: Tensor) -> Tensor:
-        """
-        States of both streams [batch, num_noisy + num_clean, hidden] -> those that predict the tokens of the noisy one
-        [batch, num_noisy, hidden].
-        """
+        """States [batch, num_noisy + num_clean, hidden] -> what predicts noisy tokens [batch, num_noisy, hidden]."""
         if self.read_at is None:
             return states[:, : self.num_noisy]
         return states.gather(1, self.read_at[..., None].expand(-1, -1, states.shape[-1]))
