@@ -81,7 +81,7 @@ class Sampler:
         margin = self.tolerance * last.abs().clamp(min=0.01)
         is_surer = confidence > last + margin
         is_equal = (confidence >= last - margin) & ~is_surer & (confidence > -torch.inf)
-        return is_surer | is_equal & (is_equal.cumsum(-1) <= number - is_surer.sum(-1, keepdim=True))
+        return is_surer | is_equal & (is_equal.long().cumsum(-1) <= number - is_surer.sum(-1, keepdim=True))
 
 
 class FirstHittingSampler(Sampler):

@@ -76,8 +76,8 @@ UNREADABLE = {
     "cut": (cut_by_a_byte, "not fully covered"),
     "empty_weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors|header"),
     "text_for_weights": (lambda folder: (folder / "model.safetensors").write_text("weights " * 99), "eader"),
-    "list": (lambda folder: (folder / "config.json").write_text("[]"), "must be a mapping, but got a list"),
-    "number": (lambda folder: (folder / "config.json").write_text("3"), "must be a mapping, but got a int"),
+    "list": (lambda folder: (folder / "config.json").write_text("[]"), "must be a JSON mapping, but got a list"),
+    "number": (lambda folder: (folder / "config.json").write_text("3"), "must be a JSON mapping, but got a int"),
     "cut_config": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "bd'),
         "must be JSON, but is not",

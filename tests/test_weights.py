@@ -106,11 +106,14 @@ def test_a_model_without_a_head_and_a_quantized_one_have_names_of_their_own(tmp_
         check_saved_weights(tmp_path, [WEIGHTS])
 
 
-def test_a_configuration_that_asks_for_a_hundred_million_layers_builds_none_of_them(tmp_path):
+def test_layers_that_a_configuration_asks_for_and_the_weights_lack_are_not_built(tmp_path):
     random_model(num_hidden_layers=1).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**8}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 9999}))
     with pytest.raises(ValueError, match=f"it lacks model.layers.1.*and {12 - MOST_NAMES} more"):
+        check_saved_weights(tmp_path, [WEIGHTS])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**8}))
+    with pytest.raises(ValueError, match="`num_hidden_layers` must be at most 10000, but got 100000000"):
         check_saved_weights(tmp_path, [WEIGHTS])
 
 

@@ -97,7 +97,7 @@ def check_json_files(folder: str | Path) -> None:
             raise ValueError(f"`{path.name}` of {str(folder)!r} must be JSON, but is not: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(
-                f"`{path.name}` of {str(folder)!r} must be a mapping, but got a {type(content).__name__}."
+                f"`{path.name}` of {str(folder)!r} must be a JSON mapping, but got a {type(content).__name__}."
             )
 
 
