@@ -19,11 +19,12 @@ SAMPLERS = {
     "first_hitting": "One token per forward, in random order: the model's own distribution.",
     "ancestral": "What the reverse process reveals in so many steps.",
     "confidence": "The surest tokens first, in so many steps or wherever the model is sure enough.",
+    "sequential": "From left to right, in so many steps or one token at a time.",
     "entropy_bound": "The surest tokens, as long as their summed entropy stays within a bound.",
 }
 # Which samplers take an argument.
 TAKEN_BY = {
-    "denoising_steps": ("ancestral", "confidence"),
+    "denoising_steps": ("ancestral", "confidence", "sequential"),
     "remask_cap": ("ancestral",),
     "confidence_threshold": ("confidence",),
     "entropy_bound": ("entropy_bound",),

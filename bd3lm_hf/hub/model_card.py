@@ -36,6 +36,11 @@ SAMPLER_TABLE = {
         "`denoising_steps`, or `confidence_threshold`; `confidence`",
         "`denoising_steps`, or 1 to {s}",
     ),
+    "sequential": (
+        "from left to right",
+        "`denoising_steps`, or `tokens_per_step`",
+        "`denoising_steps`, or {s} / `tokens_per_step`",
+    ),
     "entropy_bound": (
         "the most certain tokens, as long as their entropies stay within a bound",
         "`entropy_bound`",
