@@ -89,6 +89,9 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     def validate(self) -> None:
         """Checks all fields, as the constructor does; for a configuration that was changed since."""
         self._require_sizes("block_size")
+        longest = self.max_position_embeddings
+        rule = f"at most `max_position_embeddings` of the network ({longest})"
+        self._require(longest is None or self.block_size <= longest, "block_size", rule)
         self._validate_noise()
         self._require(self.shift_logits in (False, True, "noisy"), "shift_logits", "False, True or 'noisy'")
         self._require(self.clean_attention in ("block", "causal"), "clean_attention", "'block' or 'causal'")

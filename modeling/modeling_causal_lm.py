@@ -146,7 +146,9 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
             ValueError: the network is none that block diffusion can take, or an argument breaks its rule.
         """
         if not isinstance(model, nn.Module):
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+            model, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
+            if info["missing_keys"]:
+                raise ValueError(f"`model` must be a whole checkpoint, but it lacks {sorted(info['missing_keys'])}.")
         elif kwargs:
             raise ValueError(f"`kwargs` are for a model that is loaded, but got {sorted(kwargs)} with a model.")
         is_training = model.training

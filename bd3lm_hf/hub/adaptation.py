@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..data.replacing import check_folder
+from ..evaluation.loading import check_finite, load_whole, told_as_value_error
 from ..evaluation.networks import is_block_diffusion
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig, check_network
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
@@ -57,16 +58,20 @@ def adapt(
         kwargs: For `from_pretrained` of a source that is loaded: `dtype`, `revision`, ...
 
     Raises:
-        ValueError: the source is no autoregressive model, or one that block diffusion can't take; the mask token has
-            another use; arguments that exclude each other, or the target.
+        ValueError: the source is not whole, is no autoregressive model, or one that block diffusion can't take; the
+            mask token has another use; arguments that exclude each other, or the target.
     """
     target_fields = _target_fields(target, mask_token, shift_logits)
     mask_token, shift_logits = target_fields.get("mask_token", mask_token), target_fields["shift_logits"]
     name = source.config._name_or_path if isinstance(source, PreTrainedModel) else os.fspath(source)
     if not isinstance(source, PreTrainedModel):
         name, gguf_file = _gguf_in_folder(name, gguf_file)
-        options = kwargs if gguf_file is None else {**kwargs, "gguf_file": gguf_file}
-        source = AutoModelForCausalLM.from_pretrained(name, **options)
+        if gguf_file is None:
+            source = load_whole(AutoModelForCausalLM, name, **kwargs)
+        else:
+            with told_as_value_error(name, "source"):
+                source = AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, **kwargs)
+            check_finite(source.state_dict().items(), name)
     elif kwargs or gguf_file is not None:
         raise ValueError(f"`source` must be loaded here for {sorted(kwargs) or ['gguf_file']}, but got a model.")
     _check_source(source, target)

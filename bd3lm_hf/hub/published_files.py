@@ -151,7 +151,7 @@ def is_repo_id(name: str | None) -> bool:
     """Whether a name can be an id on the Hub, and is not that of a folder here."""
     try:
         validate_repo_id(name or "")
-    except HFValidationError:
+    except (HFValidationError, TypeError):
         return False
     return not os.path.isdir(name)
 
@@ -255,8 +255,10 @@ def _check_config(folder: Path) -> None:
             f"its type is {config.get('model_type')!r}; `bd3lm convert` converts a published checkpoint, and `bd3lm "
             "adapt` adapts a causal language model."
         )
-    code = _code_files(folder, CONFIG_NAME)
-    missing = sorted(name for name in code if not (folder / name).is_file()) if code else ["auto_map"]
+    code, auto_map = _code_files(folder, CONFIG_NAME), config.get("auto_map")
+    missing = sorted(name for name in code if not (folder / name).is_file())
+    if not isinstance(auto_map, dict) or not {"AutoConfig", "AutoModel"} <= set(auto_map):
+        missing.append("auto_map")
     if missing:
         raise ValueError(
             f"`checkpoint` ({folder}) lacks the code that loads it where this package is not installed "

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import PreTrainedTokenizerBase
 
+from ..evaluation.loading import told_as_value_error
 from .model_card import create_model_card
 from .published_files import (
     ADAPTER_CONFIG_FILE,
@@ -140,11 +142,13 @@ def prepare_files(
     Raises:
         ValueError: as `push_to_hub`.
     """
+    check_target(repo_id)
     unknown = sorted(set(stated) - set(STATED))
     if unknown:
         raise ValueError(f"`{unknown[0]}` is nothing that a card tells; it takes {', '.join(STATED)}.")
-    files = published_files(checkpoint)
-    summary = TrainingSummary.from_folder(checkpoint)
+    with told_as_value_error(str(checkpoint), "checkpoint"):
+        files = published_files(checkpoint)
+        summary = TrainingSummary.from_folder(checkpoint)
     if tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
@@ -163,6 +167,15 @@ def prepare_files(
     files[CARD_FILE] = (str(create_model_card(summary, repo_id)) if card is None else card).encode()
     check_private(files)
     return dict(sorted(files.items()))
+
+
+def check_target(repo_id: str) -> None:
+    """
+    Raises:
+        ValueError: no repository of the Hub can have this id.
+    """
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id) or ".." in repo_id or "--" in repo_id:
+        raise ValueError(f"`repo_id` must be an id on the Hub (user/name), but got {repo_id!r}.")
 
 
 def _adapter_config(folder: Path, config: Path | bytes, summary: TrainingSummary) -> bytes:

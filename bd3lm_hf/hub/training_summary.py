@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from ..data.replacing import write_text
 from ..evaluation.networks import fact_of_network, language_model_class, stock_config
 from ..noise.intervals import chosen_noise_intervals
-from .published_files import ADAPTER_CONFIG_FILE, SUMMARY_FILE, is_on_hub, read_object, weight_files
+from .published_files import ADAPTER_CONFIG_FILE, SUMMARY_FILE, is_on_hub, is_repo_id, read_object, weight_files
 
 
 # The moving average of the weights, in a checkpoint of training.
@@ -177,6 +177,8 @@ class TrainingSummary:
                     base_folder, base = recorded.pop("base_folder"), recorded.get("base_model")
                     recorded["base_model"] = base if is_on_hub(base) else None
                     recorded["has_unnamed_base"] = bool(base_folder or base) and recorded["base_model"] is None
+                if recorded.get("base_model") is not None and not is_repo_id(recorded["base_model"]):
+                    recorded |= {"base_model": None, "has_unnamed_base": True}
                 return cls(**{**recorded, "has_tokenizer": has_tokenizer})
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} is no record of training that this version can read: {error}") from error

@@ -39,7 +39,7 @@ def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
     """
     folder = Path(folder)
     shapes: dict[str, tuple[int, ...]] = {}
-    no_numbers = []
+    no_numbers, not_floating = [], []
     for name in files:
         try:
             with safe_open(folder / name, framework="pt") as file:
@@ -48,6 +48,8 @@ def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
                     shapes[key] = tuple(tensor.shape)
                     if not holds_numbers(tensor):
                         no_numbers.append(key)
+                    if not tensor.is_floating_point():
+                        not_floating.append(key)
         except SafetensorError as error:
             raise ValueError(
                 f"`checkpoint` ({folder}) holds no whole model: {name} is cut short ({error})."
@@ -65,6 +67,7 @@ def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
         shapes=[f"{name} {shapes[name]} for {expected[name]}" for name in differing if shapes[name] != expected[name]],
         surplus=shapes.keys() - expected.keys(),
         no_numbers=no_numbers,
+        not_floating=[] if expected is shapes else not_floating,
     )
 
 
@@ -116,6 +119,7 @@ def _refuse(checkpoint: str | Path, **faults: Iterable[str]) -> None:
         "shapes": "it has other shapes than the configuration asks for: {}",
         "surplus": "the model has no {}",
         "no_numbers": "there are NaN or infinities in {}",
+        "not_floating": "there are no floating-point numbers in {}",
     }
     found = []
     for kind, names in faults.items():

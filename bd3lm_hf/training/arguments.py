@@ -123,6 +123,10 @@ class BD3LMTrainingArguments(TrainingArguments):
         if self.greater_is_better is None:
             # Trainer would take the greatest of any `metric_for_best_model` that is not called a loss.
             self.greater_is_better = False
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(
+                f"`gradient_accumulation_steps` must be at least 1, but got {self.gradient_accumulation_steps}."
+            )
         super().__post_init__()
         if self.noise_schedule is not None and self.noise_schedule not in NOISE_SCHEDULE_NAMES:
             raise ValueError(

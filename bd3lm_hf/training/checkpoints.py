@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
+from ..evaluation.loading import holds_numbers
 from ..evaluation.networks import fact_of_network, stock_config
 from .runs import Run
 
@@ -74,7 +76,9 @@ class Manifest:
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
         try:
-            files = {name: {"size": file["size"], "sha256": file["sha256"]} for name, file in record["files"].items()}
+            files = {
+                name: {"size": int(file["size"]), "sha256": file["sha256"]} for name, file in record["files"].items()
+            }
             return cls(Run.from_record(record["run"]), files)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no manifest") from error
@@ -197,7 +201,13 @@ def what_is_missing(folder: str | Path) -> str | None:
     except ValueError:
         return f"{MANIFEST_FILE} can't be read"
     fault = None if manifest is None else manifest.fault_of(folder)
-    return fault or _fault_of_state(folder) or _fault_of_formats(folder) or _what_a_run_would_miss(folder, manifest)
+    try:
+        return (
+            fault or _fault_of_state(folder) or _fault_of_formats(folder) or _what_a_run_would_miss(folder, manifest)
+        )
+    except (AttributeError, KeyError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        # A file that is whole as such, and holds something else.
+        return f"one of its files holds something else than its name says ({type(error).__name__}: {error})"
 
 
 def _fault_of_state(folder: Path) -> str | None:
@@ -207,6 +217,11 @@ def _fault_of_state(folder: Path) -> str | None:
         return f"{TRAINER_STATE_NAME} is cut short"
     except (KeyError, TypeError):
         step = None
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")) if step is not None else {}
+    kinds = {"log_history": list, "max_steps": int, "epoch": (int, float, type(None)), "stateful_callbacks": dict}
+    for name, kind in kinds.items():
+        if name in state and not isinstance(state[name], kind):
+            return f"{TRAINER_STATE_NAME} has a `{name}` of another type"
     return None if isinstance(step, int) else f"{TRAINER_STATE_NAME} names no `global_step`"
 
 
@@ -235,12 +250,26 @@ def _what_a_run_would_miss(folder: Path, manifest: Manifest | None) -> str | Non
         return "it has no rng_state.pth, the state of the random numbers"
     if not has_folders and not any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*model*")):
         return "it has no weights"
-    if manifest is None and (folder / OPTIMIZER_NAME).is_file():
-        return _what_the_optimizer_misses(folder / OPTIMIZER_NAME)
+    if manifest is None:
+        return _fault_of_numbers(folder) or _what_the_optimizer_misses(folder)
     return None
 
 
-def _what_the_optimizer_misses(path: Path) -> str | None:
+def _fault_of_numbers(folder: Path) -> str | None:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            spoilt = [name for name in file.keys() if not holds_numbers(file.get_tensor(name))]  # noqa: SIM118
+        if spoilt:
+            return f"{path.name} has NaN or infinity in {', '.join(spoilt[:5])}"
+    return None
+
+
+def _what_the_optimizer_misses(folder: Path) -> str | None:
+    path, scheduler = folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME
+    if scheduler.is_file() and not isinstance(torch.load(scheduler, map_location="cpu", weights_only=True), dict):
+        return f"{scheduler.name} holds no state of a schedule"
+    if not path.is_file():
+        return None
     optimizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     states = optimizer["state"]
     parameters = {parameter for group in optimizer["param_groups"] for parameter in group["params"]}
