@@ -55,7 +55,7 @@ def combination(seed):
         arguments["no_repeat_ngram_size"] = rng.choice([2, 2, 3, 4])
     if rng.random() < 0.5:
         words = random_sequences(rng, rng.randint(1, 30), 4)
-        arguments["sequence_bias"] = [[word, rng.choice([-2.0, 1.0, 3.0, -float("inf")])] for word in words]
+        arguments["sequence_bias"] = {tuple(word): rng.choice([-2.0, 1.0, 3.0, -float("inf")]) for word in words}
     if rng.random() < 0.2:
         arguments["encoder_no_repeat_ngram_size"] = rng.choice([2, 3])
     if rng.random() < 0.2:
@@ -74,7 +74,7 @@ def combination(seed):
 def rules_of(arguments):
     """The bans among the arguments; a bias of -inf is one."""
     # Of a sequence that is named twice Transformers takes the last bias.
-    bias_of = {tuple(ids): bias for ids, bias in arguments.get("sequence_bias", [])}
+    bias_of = arguments.get("sequence_bias", {})
     words = [list(ids) for ids, bias in bias_of.items() if bias == -float("inf")]
     return arguments | {"bad_words_ids": arguments.get("bad_words_ids", []) + words}
 

@@ -43,7 +43,7 @@ def bans(output, width=2):
 
 def sequence_bias(model):
     words = [[left, right] for left in range(20) for right in range(30, 60)]
-    output = generate(model, **RECORD, sequence_bias=[[word, 2.0] for word in words])
+    output = generate(model, **RECORD, sequence_bias={tuple(word): 2.0 for word in words})
     num_right = 0
     for (column, text), scores, logits in zip(known_when_revealed(output, 2), output.scores, output.logits):
         text = [*text.tolist(), MASK]

@@ -87,12 +87,12 @@ RULES = {
     "bad words": ({"bad_words_ids": [[1, 1], [2, 1, 0]]}, {(1, 1): -math.inf, (2, 1, 0): -math.inf}, 0),
     "n-grams": ({"no_repeat_ngram_size": 2}, {}, 2),
     "biases": (
-        {"sequence_bias": [[[1, 0], 2.0], [[2, 2, 1], -1.5], [[0, 0], 1.0]]},
+        {"sequence_bias": {(1, 0): 2.0, (2, 2, 1): -1.5, (0, 0): 1.0}},
         {(1, 0): 2.0, (2, 2, 1): -1.5, (0, 0): 1.0},
         0,
     ),
     "all": (
-        {"bad_words_ids": [[1, 1]], "sequence_bias": [[[2, 0, 1], 1.0]], "no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[1, 1]], "sequence_bias": {(2, 0, 1): 1.0}, "no_repeat_ngram_size": 2},
         {(1, 1): -math.inf, (2, 0, 1): 1.0},
         2,
     ),
