@@ -26,6 +26,7 @@ from pathlib import Path
 
 from conftest import random_model
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from bd3lm_hf import train_tokenizer
 from bd3lm_hf.cli import main as bd3lm
@@ -132,6 +133,8 @@ def launch(flags: list[str], output_dir: Path, kill: tuple[int, float] | None = 
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        # Its lock is common to all that was forked here, and who is killed while it holds it keeps it for ever.
+        tqdm.set_lock(threading.RLock())
         events = Events(output_dir)
         if kill is not None:
             events.kill_at, events.delay = kill
@@ -234,8 +237,8 @@ class Chain:
                 kill = {"kill": self.random_event(rng)} if is_late else {"seconds": rng.random() * self.duration}
             status, printed = launch([*self.flags, *resume], self.output_dir, **kill)
             if status == 2 and resume and "there is no whole checkpoint" in printed:
-                # It was killed before its first checkpoint.
-                status, printed = launch(self.flags, self.output_dir, **kill)
+                # It was killed before its first checkpoint was whole, and may have left a part of it.
+                status, printed = launch([*self.flags, "--overwrite"], self.output_dir, **kill)
             if status == -signal.SIGKILL and kill:
                 results.kills[self.what_was_hit() if self.output_dir.is_dir() else "between"] += 1
                 resume = ["--resume_from_checkpoint", "last"]
