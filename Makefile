@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo 'make demo         train, save, reload and sample a small model on the Python standard library (5 minutes)'
-	@echo 'make adapt-demo   make SmolLM2-135M a block diffusion model, train it and let it write (45 minutes)'
+	@echo 'make adapt-demo   make SmolLM2-135M a block diffusion model, train it and let it write'
 	@echo 'make test         the test suite'
 	@echo 'make test-newest  the test suite with the newest Transformers and everything else, in an environment of its own'
 	@echo 'make test-oldest  the test suite with the oldest supported torch and transformers, in an environment of its own'

@@ -62,7 +62,7 @@ setup(
         "app": APP,
         "quantizers": QUANTIZERS,
         "docs": DOCS,
-        "gguf": ["gguf>=0.17"],
+        "gguf": ["gguf>=0.19"],
         "flash-attn": ["flash-attn>=2.7"],
         "dev": [
             "build>=1.2",

@@ -1,7 +1,6 @@
 """Whether a saved folder holds every tensor of its model, of the right shape, and numbers in all of them."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME
 
+from ..evaluation.loading import holds_numbers
 from ..evaluation.networks import language_model_class
 from ..modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel
 from ..modeling.modeling_causal_lm import BlockDiffusionModel
@@ -69,16 +69,6 @@ def check_saved_weights(folder: str | Path, files: Sequence[str]) -> None:
         no_numbers=no_numbers,
         not_floating=[] if expected is shapes else not_floating,
     )
-
-
-def holds_numbers(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of any shape is free of NaN and infinities; a bias may be -inf, for what must never come."""
-    # Of a byte, they are a quantizer's, and torch does not look into them.
-    if not tensor.is_floating_point() or tensor.element_size() == 1:
-        return True
-    if tensor.isfinite().all():
-        return True
-    return tensor.dim() == 1 and not bool((tensor.isnan() | (tensor == math.inf)).any())
 
 
 def _of_model(folder: Path, saved: Iterable[str]) -> dict[str, tuple[int, ...]]:

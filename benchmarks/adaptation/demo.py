@@ -1,5 +1,5 @@
 """
-`make adapt-demo`: SmolLM2-135M-Instruct from autoregressive to block size 4, in at most 45 minutes on two CPU cores.
+`make adapt-demo`: SmolLM2-135M-Instruct from autoregressive to block size 4.
 
 Converts the model, scores it at block sizes 1, 2, 4 and 8, trains it, scores it again, and lets it write beside the
 source at one, two and four tokens per forward; `report.md` and `report.png` in the output folder show all of it.
@@ -20,7 +20,7 @@ SCORED_SIZES = (1, 2, 4, 8)
 TOKENS_PER_FORWARD = (1, 2, 4)
 NUM_NEW_TOKENS = 48
 NUM_TOKENS = {"cpu": 120_000, "cuda": 8_000_000}
-# Block sizes from 1 up, and both maskings of each text: what `docs/results.md` found to cost least.
+# Block sizes from 1 up, and both maskings of each text. Whether that costs least is for `arms` to tell.
 RECIPE = Recipe(block_sizes=(1, 2, BLOCK_SIZE), training={"num_noise_samples": 2, "complementary_masks": True})
 # Block size 1 is the autoregressive model; it has to score as the source does.
 MAX_DIFFERENCE = 1e-4
@@ -29,7 +29,7 @@ MAX_DIFFERENCE = 1e-4
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs the demonstration; 1 if the converted model is not the source."""
     parser = workbench_parser(__doc__)
-    parser.add_argument("--num_tokens", type=int, help="Tokens of training. (default: what 45 minutes hold)")
+    parser.add_argument("--num_tokens", type=int, help=f"Tokens of training. (default: {NUM_TOKENS})")
     args = parser.parse_args(argv)
     bench = Workbench(args)
     num_tokens = args.num_tokens or NUM_TOKENS["cpu" if args.device == "cpu" else "cuda"]
