@@ -168,7 +168,9 @@ def dense_scores(stock, config, x_t, x_0, block):
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    # float32, whose rounding is coarser where a device adds in pieces of its own.
+    atol = 1e-5 if DEVICE.type == "cpu" else 5e-5
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=1e-5)
 
 
 def noised(ids, seed=1):

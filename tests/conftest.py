@@ -30,11 +30,16 @@ TESTS = Path(__file__).parent
 DEVICE = torch.device("cpu")
 # The tests that run on any device.
 ON_DEVICE = (
+    "test_adapted_distribution.py",
+    "test_adapted_generation.py",
+    "test_adapted_networks.py",
+    "test_adapted_training.py",
     "test_continuation.py",
     "test_copies.py",
     "test_diffusion.py",
     "test_errors.py",
     "test_evaluation.py",
+    "test_family_samplers.py",
     "test_first_hitting.py",
     "test_fixture.py",
     "test_fuzz.py",
@@ -47,6 +52,7 @@ ON_DEVICE = (
     "test_parity.py",
     "test_parity_adapted.py",
     "test_peft.py",
+    "test_recipes.py",
     "test_reference.py",
     "test_samplers.py",
     "test_seeds.py",
@@ -82,6 +88,8 @@ class OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            return func(*args, **kwargs)
         made_by = Path(sys._getframe(1).f_code.co_filename)
         if func not in FACTORIES or made_by.parent != TESTS or kwargs.get("device") is not None:
             return func(*args, **kwargs)

@@ -156,7 +156,9 @@ def test_a_gguf_file_is_read_with_its_tokenizer(path, given, folder):
         mock.patch.object(AutoTokenizer, "from_pretrained", return_value=byte_tokenizer()) as tokenizer,
     ):
         adapt(path, gguf_file=given)
-    model.assert_called_once_with(folder, gguf_file=file)
+    model.assert_called_once_with(folder, gguf_file=file, quantization_config=mock.ANY)
+    # Unpacked: as blocks the weights could be neither trained nor saved.
+    assert model.call_args.kwargs["quantization_config"].dequantize
     tokenizer.assert_called_once_with(folder, gguf_file=file)
 
 

@@ -15,6 +15,7 @@ from adapted_cases import (
     random_ids,
     stock_model,
 )
+from conftest import DEVICE
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bd3lm_hf import BlockDiffusionForMaskedLM, BlockDiffusionModel, CommitCache
@@ -96,8 +97,8 @@ def test_block_size_1_with_shifted_logits_is_the_stock_model(name, kind):
 def test_a_saved_model_is_read_by_both_classes(name, tmp_path):
     model, ids = adapt(name, "eager"), noised(random_ids(1, 9))
     model.save_pretrained(tmp_path)
-    again = BlockDiffusionForMaskedLM.from_pretrained(tmp_path, attn_implementation="eager")
-    bare = BlockDiffusionModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    again = BlockDiffusionForMaskedLM.from_pretrained(tmp_path, attn_implementation="eager").to(DEVICE)
+    bare = BlockDiffusionModel.from_pretrained(tmp_path, attn_implementation="eager").to(DEVICE).eval()
     with torch.no_grad():
         close(again(ids).logits, model(ids).logits)
         states = bare(ids).last_hidden_state
@@ -105,7 +106,7 @@ def test_a_saved_model_is_read_by_both_classes(name, tmp_path):
     for field in ("block_size", "mask_token_id", "shift_logits", "clean_attention", "vocab_size"):
         assert getattr(again.config, field) == getattr(model.config, field)
     model.config.text_config.save_pretrained(tmp_path)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").to(DEVICE).eval()
     with torch.no_grad():
         close(stock(ids).logits, stock_model(name, "eager")(ids).logits)
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import random_model, tiny_config
+from conftest import DEVICE, random_model, tiny_config
 from transformers import DynamicCache, StaticCache
 
 from bd3lm_hf import BD3LMConfig, BD3LMForMaskedLM, BD3LMGenerationConfig
@@ -249,6 +249,7 @@ def test_arguments_of_forward_that_do_not_fit_are_refused(arguments, message):
         random_model()(**arguments)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a claim about CPUs")
 def test_training_under_flex_attention_on_a_cpu_names_the_way_out():
     model = random_model(attn_implementation="flex_attention").train()
     ids = torch.ones(1, 8, dtype=torch.long)

@@ -309,6 +309,7 @@ def _runs_of_one_corpus():
     yield evaluate(model, sequences, estimator="stratified", target_error=0.02, **options)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="two processes on a GPU need two of them")
 def test_two_processes_return_what_one_does():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -413,7 +413,9 @@ class RecordingStreamer(BaseStreamer):
         self.pieces, self.drafts, self.ended = [], [], False
 
     def put(self, value):
-        self.pieces.append(value.clone())
+        # Streamers get what they show on the CPU.
+        assert value.device.type == "cpu"
+        self.pieces.append(value.to(DEVICE, copy=True))
 
     def put_draft(self, value):
         self.drafts.append(value.clone())

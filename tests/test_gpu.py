@@ -74,7 +74,9 @@ def test_nothing_is_left_on_the_cpu_by_a_trainer(ids, tmp_path):
     from bd3lm_hf import BD3LMTrainer, BD3LMTrainingArguments
 
     rows = [{"input_ids": row} for row in ids.tolist()]
-    args = BD3LMTrainingArguments(str(tmp_path), max_steps=3, report_to=[], save_strategy="no", bf16=True)
+    args = BD3LMTrainingArguments(
+        str(tmp_path), max_steps=3, report_to=[], save_strategy="no", bf16=True, per_device_eval_batch_size=3
+    )
     trainer = BD3LMTrainer(random_model(attn_implementation="sdpa"), args, train_dataset=rows, eval_dataset=rows)
     with torch.enable_grad():
         trainer.train()

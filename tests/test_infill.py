@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from conftest import random_model
+from conftest import DEVICE, random_model
 from test_first_hitting import ALPHA, BATCH_SIZE, EOS, MASK, NUM_SAMPLES, chi_square_p_value, conditionals_of
 from test_generation import left_padded, random_prompts
 from transformers import TextDiffusionStreamer, TextStreamer
@@ -98,7 +98,9 @@ class RecordingStreamer(BaseStreamer):
         self.shown, self.drafts, self.has_ended = [], [], False
 
     def put(self, value):
-        self.shown.append(value)
+        # Streamers get what they show on the CPU.
+        assert value.device.type == "cpu"
+        self.shown.append(value.to(DEVICE))
 
     def put_draft(self, value):
         self.drafts.append(value.tolist())

@@ -349,7 +349,8 @@ class TestCost:
         assert numel == self.batch_size * self.length * self.vocab_size
 
     def test_logits_are_made_in_chunks_of_a_bounded_size(self, monkeypatch):
-        monkeypatch.setattr(loss_block_diffusion, "CHUNK_NUMEL_ON_CPU", 20 * self.vocab_size)
+        for name in ("CHUNK_NUMEL", "CHUNK_NUMEL_ON_CPU"):
+            monkeypatch.setattr(loss_block_diffusion, name, 20 * self.vocab_size)
         numel, _ = self.largest(self.model(), noise_interval=(1.0, 1.0))
         # What is left are the weights and activations.
         assert numel <= max(20 * self.vocab_size, self.vocab_size * 32)
@@ -363,7 +364,7 @@ class TestTokenNats:
     def case(self, bias=True):
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(50, 8, generator=generator, requires_grad=True)
-        projection = torch.nn.Linear(8, 11, bias=bias)
+        projection = torch.nn.Linear(8, 11, bias=bias).to(DEVICE)
         with torch.no_grad():
             projection.weight.copy_(torch.randn(11, 8, generator=generator))
         targets = torch.randint(3, (50,), generator=generator)
@@ -387,7 +388,8 @@ class TestTokenNats:
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("function", [token_nats, chunked_nats])
     def test_value_and_gradients_whatever_the_chunk(self, function, chunk_rows, bias, monkeypatch):
-        monkeypatch.setattr(loss_block_diffusion, "CHUNK_NUMEL_ON_CPU", chunk_rows * 11)
+        for name in ("CHUNK_NUMEL", "CHUNK_NUMEL_ON_CPU"):
+            monkeypatch.setattr(loss_block_diffusion, name, chunk_rows * 11)
         hidden, targets, weights, projection = self.case(bias)
         chunk_size = (chunk_rows,) if function is chunked_nats else ()
         nats = function(hidden, targets, projection, self.mask_token_id, *chunk_size)
@@ -401,9 +403,9 @@ class TestTokenNats:
                 return 2 * super().forward(x)
 
         hidden, targets, weights, plain = self.case()
-        wrapped = Doubled(8, 11)
+        wrapped = Doubled(8, 11).to(DEVICE)
         wrapped.load_state_dict(plain.state_dict())
-        doubled = torch.nn.Linear(8, 11)
+        doubled = torch.nn.Linear(8, 11).to(DEVICE)
         doubled.load_state_dict({name: 2 * value for name, value in plain.state_dict().items()})
         nats, expected = token_nats(hidden, targets, wrapped, self.mask_token_id), self.dense(hidden, targets, doubled)
         torch.testing.assert_close(nats, expected)

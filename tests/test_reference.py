@@ -5,7 +5,7 @@ import random
 import pytest
 import reference
 import torch
-from conftest import random_model
+from conftest import DEVICE, random_model
 from transformers import DynamicCache, StaticCache
 
 from bd3lm_hf import CommitCache
@@ -371,6 +371,7 @@ def test_a_draw_that_masks_nothing_has_no_loss_and_no_gradient(chosen_draws):
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a claim about CPUs")
 def test_training_under_flex_attention_on_a_cpu_is_refused(uncompiled_flex_attention):
     model = random_model(12, "flex_attention").train()
     x_0, _ = random_ids(model, 18)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
@@ -76,6 +76,31 @@ def load_whole(
     check_finite(model.state_dict().items(), name)
     model.eval()
     return model if device is None else model.to(device)
+
+
+def load_gguf(folder: str, gguf_file: str, **options: Any) -> PreTrainedModel:
+    """
+    An autoregressive model from a .gguf file, dense: for training and saving.
+
+    Transformers keeps weights in their blocks where it finds kernels for them, and before 5.24 takes a model for
+    quantized, which it then doesn't save, even after it unpacked everything.
+
+    Args:
+        folder: Folder or Hub id.
+        gguf_file: The file in it.
+        options: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: the file cannot be read, or holds NaN or infinite weights.
+    """
+    with told_as_value_error(folder, "source"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf_file, quantization_config=GgufConfig(dequantize=True), **options
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    check_finite(model.state_dict().items(), folder)
+    return model
 
 
 def check_json_files(folder: str | Path) -> None:

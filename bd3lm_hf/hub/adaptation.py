@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..data.replacing import check_folder
-from ..evaluation.loading import check_finite, load_whole, told_as_value_error
+from ..evaluation.loading import load_gguf, load_whole
 from ..evaluation.networks import is_block_diffusion
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig, check_network
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
@@ -69,9 +69,7 @@ def adapt(
         if gguf_file is None:
             source = load_whole(AutoModelForCausalLM, name, **kwargs)
         else:
-            with told_as_value_error(name, "source"):
-                source = AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, **kwargs)
-            check_finite(source.state_dict().items(), name)
+            source = load_gguf(name, gguf_file, **kwargs)
     elif kwargs or gguf_file is not None:
         raise ValueError(f"`source` must be loaded here for {sorted(kwargs) or ['gguf_file']}, but got a model.")
     _check_source(source, target)

