@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .workbench import BLOCK_SIZE, LENGTH, Recipe, Workbench, workbench_parser
+from ..common import machine
+from .workbench import BLOCK_SIZE, LENGTH, Recipe, Workbench, has_fast_bf16, workbench_parser
 
 
 SCORED_SIZES = (1, 2, 4, 8)
@@ -35,7 +36,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     num_tokens = args.num_tokens or NUM_TOKENS["cpu" if args.device == "cpu" else "cuda"]
 
     source = bench.load_source()
-    results: dict[str, Any] = {"device": device_name(args.device), "source": bench.nats(source)}
+    results: dict[str, Any] = {
+        "machine": machine(args.device, "bfloat16" if has_fast_bf16(args.device) else "float32"),
+        "source": bench.nats(source),
+    }
     print(f"source: {results['source']['nats']:.4f} nats per token", flush=True)
     results["source_text"] = write(source, bench, None)
     del source
@@ -83,22 +87,18 @@ def write(model, bench: Workbench, tokens_per_forward: int | None) -> dict[str, 
     return {"text": text, "tokens_per_second": NUM_NEW_TOKENS / seconds}
 
 
-def device_name(device: str) -> str:
-    """The GPU's name, or how many cores."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def report(results: dict[str, Any]) -> str:
     """The figures and texts as a page."""
+    return "# SmolLM2-135M-Instruct as a block diffusion model\n\n" + section(results) + "\n"
+
+
+def section(results: dict[str, Any]) -> str:
+    """[`report`] without its title."""
     training = results["training"]
     lines = [
-        "# SmolLM2-135M-Instruct as a block diffusion model",
-        "",
         f"Trained on {training['tokens']:,} tokens in {training['steps']} steps of "
-        f"{training['seconds_per_step']:.1f} s ({results['device']}). Nats per token of held-out text; the source has "
-        f"{results['source']['nats']:.3f} ± {results['source']['standard_error']:.3f}.",
+        f"{training['seconds_per_step']:.2f} s ({results['machine']}). Nats per token of held-out text; the source "
+        f"has {results['source']['nats']:.3f} ± {results['source']['standard_error']:.3f}.",
         "",
         "| block size | before training | after |",
         "|---|---|---|",
@@ -112,7 +112,7 @@ def report(results: dict[str, Any]) -> str:
     lines += [f"| {name} | {text['tokens_per_second']:.1f} |" for name, text in texts.items()]
     for name, text in texts.items():
         lines += ["", f"{name}:", "", *(f"    {line}" for line in text["text"].splitlines())]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 WHEN = ("before", "after")

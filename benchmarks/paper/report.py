@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..adaptation import report as adaptation
 from . import ablation, block_size_one, generation, intervals, length, likelihood, schedules
 from .experiment import ENOUGH_ERRORS, RESULTS
 
@@ -56,7 +57,7 @@ plateau first, some seeds much longer than others. Differences are taken seed by
     missing = [f"`python -m benchmarks.paper.{name}`" for name in EXPERIMENTS if name not in found]
     if missing:
         parts.append(f"## Not run yet\n\nNo results stand here of {', '.join(missing)}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *adaptation.sections()]) + "\n"
 
 
 def _origin(name: str, document: dict) -> str:
