@@ -20,7 +20,7 @@ class CommitCache(Cache):
 
     def __init__(self, cache: Cache, num_commit: int, seen: slice | None = None):
         self.__dict__.update(vars(cache))
-        self.cache, self.num_commit, self.seen = cache, num_commit, seen
+        self.cache, self.num_commit, self.seen, self.places = cache, num_commit, seen, None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cache.get_seq_length(layer_idx)
@@ -47,6 +47,8 @@ class CommitCache(Cache):
             )
         if isinstance(layer, StaticLayer):
             # The transient positions come after the committed ones, and the next write goes over them.
+            if type(layer) is StaticLayer and layer.is_initialized and not self.cache.offloading:
+                return self._write(layer, key_states, value_states, layer_idx)
             states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
             layer.cumulative_length.sub_(num_transient)
             return states
@@ -62,6 +64,16 @@ class CommitCache(Cache):
         else:
             keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
         return torch.cat([keys, more_keys], dim=-2), torch.cat([values, more_values], dim=-2)
+
+    def _write(self, layer: StaticLayer, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """As `StaticLayer.update`, at places that are computed once for all layers."""
+        if layer_idx == 0 or self.places is None:
+            self.places = torch.arange(keys.shape[-2], device=keys.device) + layer.cumulative_length
+        for held, states in ((layer.keys, keys), (layer.values, values)):
+            held.index_copy_(2, self.places.to(held.device), states)
+        if self.num_commit:
+            layer.cumulative_length.add_(self.num_commit)
+        return layer.keys, layer.values
 
 
 def read_whole_text(cache: Cache, max_cache_len: int = 0) -> None:
@@ -92,7 +104,8 @@ class WindowLayer(DynamicSlidingWindowLayer):
     def __init__(self, window: int):
         # Transformers counts the token that is being predicted as part of the window.
         super().__init__(sliding_window=window + 1)
-        self._buffers = [_Buffer(), _Buffer()]
+        # The keys' and the values', where in them the layer begins, and the view of its keys.
+        self._buffers, self._start, self._held = [], 0, None
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         num_held = self.keys.shape[-2] if self.cumulative_length else 0
@@ -101,63 +114,50 @@ class WindowLayer(DynamicSlidingWindowLayer):
     def reset(self) -> None:
         self.is_initialized = False
         self.cumulative_length = 0
-        self._buffers = [_Buffer(), _Buffer()]
-
-    def widen(self, window: int) -> None:
-        """Keeps at least so many positions from now on."""
-        self.sliding_window = max(self.sliding_window, window + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.read(key_states, value_states, key_states.shape[-2])
 
     def read(self, key_states: Tensor, value_states: Tensor, num_commit: int) -> tuple[Tensor, Tensor]:
         """Everything held, then all positions given [batch, heads, length, head_dim], of which the first are kept."""
+        states = (key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
-        num_kept = self.keys.shape[-2] + num_commit
-        kept = slice(max(0, num_kept - self.sliding_window + 1), num_kept)
-        pairs = zip(self._buffers, (self.keys, self.values), (key_states, value_states))
-        full = tuple(buffer.extended(held, states) for buffer, held, states in pairs)
-        self.keys, self.values = (buffer.keep(states, kept) for buffer, states in zip(self._buffers, full))
+            self.lazy_initialization(*states)
+            self.keys, self.values = (part[:, :, :0] for part in states)
+        num_held = self.keys.shape[-2]
+        pairs = [*zip((self.keys, self.values), states)]
+        if torch.is_grad_enabled():
+            # What is kept for a gradient must not be overwritten.
+            full = tuple(torch.cat(pair, dim=-2) for pair in pairs)
+        else:
+            end = num_held + key_states.shape[-2]
+            if not self._has_room(states, end):
+                self._buffers, self._start = [with_room(*pair) for pair in pairs], 0
+            full = tuple(buffer[:, :, self._start : self._start + end] for buffer in self._buffers)
+            for part, given in zip(full, states):
+                part[:, :, num_held:] = given
+        kept = slice(max(0, num_held + num_commit - self.sliding_window + 1), num_held + num_commit)
+        self.keys, self.values = (part[:, :, kept] for part in full)
+        self._start += kept.start
+        self._held = None if torch.is_grad_enabled() else self.keys
         self.cumulative_length += num_commit
         return full
 
-
-class _Buffer:
-    """Memory for the keys or the values of a [`WindowLayer`], and which part of it the layer holds."""
-
-    memory: Tensor | None = None
-    held: Tensor | None = None
-    start = 0
-
-    def extended(self, held: Tensor, states: Tensor) -> Tensor:
-        """`held`, then `states` [batch, heads, length, head_dim]: in place where `held` lies in a buffer with room."""
-        if torch.is_grad_enabled():
-            # What is kept for a gradient must not be overwritten.
-            self.memory = None
-            return torch.cat([held, states], dim=-2)
-        memory, num_held = self.memory, held.shape[-2]
-        length = num_held + states.shape[-2]
-        is_writable = (
-            memory is not None
-            # Methods of Transformers' caches put other tensors in its place: of rows reordered, say.
-            and self.held is held
-            and memory.dtype == states.dtype
-            and memory.shape[-2] >= self.start + length
-            and (torch.is_inference_mode_enabled() or not memory.is_inference())
+    def _has_room(self, states: tuple[Tensor, Tensor], length: int) -> bool:
+        """Whether the layer lies in buffers, of the dtypes of `states`, in which so many positions can be written."""
+        # Methods of Transformers' caches put other tensors in the place of what is held: of rows reordered, say.
+        return self._held is self.keys and all(
+            buffer.dtype == given.dtype
+            and buffer.shape[-2] >= self._start + length
+            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+            for buffer, given in zip(self._buffers, states)
         )
-        if not is_writable:
-            shape = (*states.shape[:2], length + max(num_held // 4, 64), states.shape[-1])
-            dtype = torch.promote_types(held.dtype, states.dtype)
-            self.memory, self.start = torch.empty(shape, dtype=dtype, device=states.device), 0
-            self.memory[:, :, :num_held] = held
-        full = self.memory[:, :, self.start : self.start + length]
-        full[:, :, num_held:] = states
-        return full
 
-    def keep(self, states: Tensor, kept: slice) -> Tensor:
-        """The part of what `extended` returned that the layer holds from now on."""
-        self.start += kept.start
-        self.held = states[:, :, kept]
-        return self.held
+
+def with_room(held: Tensor, states: Tensor) -> Tensor:
+    """A buffer [batch, heads, capacity, head_dim] that begins with `held`, for `states` and more."""
+    num_held = held.shape[-2]
+    shape = (*states.shape[:2], num_held + states.shape[-2] + max(num_held // 4, 64), states.shape[-1])
+    buffer = torch.empty(shape, dtype=torch.promote_types(held.dtype, states.dtype), device=states.device)
+    buffer[:, :, :num_held] = held
+    return buffer

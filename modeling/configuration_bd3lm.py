@@ -130,18 +130,13 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         self._read_published_fields(kwargs)
-        self._validate_sizes()
+        self._require_sizes("vocab_size", "hidden_size")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.mask_token_id is None:
             self.mask_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)
-        self._validate_choices()
-
-    def validate(self) -> None:
-        """Checks all fields, as the constructor does; for a configuration that was changed since."""
-        self._validate_sizes()
-        self._validate_choices()
+        self.validate()
 
     def _read_published_fields(self, kwargs: dict[str, Any]) -> None:
         self.is_published_format = "hidden_dim" in kwargs
@@ -181,10 +176,10 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         """The fields as saved: always under this package's names."""
         return {name: value for name, value in super().to_dict().items() if name != "is_published_format"}
 
-    def _validate_sizes(self) -> None:
-        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
-        sizes += ["block_size", "cond_dim"] + (["intermediate_size"] if self.intermediate_size is not None else [])
-        self._require_sizes(*sizes)
+    def validate(self) -> None:
+        """Checks all fields of a configuration that was changed since; raises the ValueError of the constructor."""
+        self._require_sizes("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        self._require_sizes("max_position_embeddings", "block_size", "cond_dim", "intermediate_size")
         for field, largest in LARGEST.items():
             self._require(getattr(self, field) <= largest, field, f"at most {largest}")
         divides = self.hidden_size % self.num_attention_heads == 0
@@ -196,8 +191,6 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
             )
         longest = self.max_position_embeddings
         self._require(self.block_size <= longest, "block_size", f"at most `max_position_embeddings` ({longest})")
-
-    def _validate_choices(self) -> None:
         for field, kind in BD3LMConfig.__annotations__.items():
             rule = f"of the type {kind.__name__ if isinstance(kind, type) else kind}"
             self._require(isinstance(getattr(self, field), kind), field, rule)

@@ -7,9 +7,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from .configuration_bd3lm import BlockDiffusionConfigMixin
 
 
-# The whole text is seen, as far as the layers of the network go.
-ALL_BLOCKS = 2**31
 LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def of_network(field: str, meaning: str) -> property:
+    """A field of the network's configuration, None where it declares none."""
+    return property(lambda config: getattr(config.text_config, field, None), doc=meaning)
 
 
 class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
@@ -41,8 +44,13 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     # Reads the `config.json` of another format: (name of its folder, its fields, arguments, arguments for the Hub) ->
     # fields of this class. The package bd3lm-hf has one for the published families.
     read_other_format = None
-    # The network is told the noise by its mask tokens alone.
+    # The network is told the noise by its mask tokens alone, and sees the whole text, as far as its layers go.
     time_conditioning = False
+    window_in_blocks = 2**31
+    vocab_size = of_network("vocab_size", "Ids that the embeddings have a row for, the mask token's among them.")
+    hidden_size = of_network("hidden_size", "Width of the network's residual stream.")
+    num_hidden_layers = of_network("num_hidden_layers", "Layers of the network.")
+    max_position_embeddings = of_network("max_position_embeddings", "Context length of the network in tokens.")
 
     text_config: dict | PreTrainedConfig | None = None
     block_size: int = 4
@@ -89,9 +97,9 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     def validate(self) -> None:
         """Checks all fields, as the constructor does; for a configuration that was changed since."""
         self._require_sizes("block_size")
-        longest = self.max_position_embeddings
-        rule = f"at most `max_position_embeddings` of the network ({longest})"
-        self._require(longest is None or self.block_size <= longest, "block_size", rule)
+        if (longest := self.max_position_embeddings) is not None:
+            rule = f"at most `max_position_embeddings` of the network ({longest})"
+            self._require(self.block_size <= longest, "block_size", rule)
         self._validate_noise()
         self._require(self.shift_logits in (False, True, "noisy"), "shift_logits", "False, True or 'noisy'")
         self._require(self.clean_attention in ("block", "causal"), "clean_attention", "'block' or 'causal'")
@@ -106,31 +114,6 @@ class BlockDiffusionConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         types = getattr(self.text_config, "layer_types", None) or [default]
         return {kind: None if kind == "full_attention" else window for kind in dict.fromkeys(types)}
 
-    @property
-    def window_in_blocks(self) -> int:
-        """How many earlier blocks a block sees: all."""
-        return ALL_BLOCKS
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids that the embeddings have a row for, the mask token's among them."""
-        return self.text_config.vocab_size
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the network's residual stream."""
-        return self.text_config.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Layers of the network."""
-        return self.text_config.num_hidden_layers
-
-    @property
-    def max_position_embeddings(self) -> int | None:
-        """Context length of the network in tokens, None where it declares none."""
-        return getattr(self.text_config, "max_position_embeddings", None)
-
 
 def check_network(text_config: PreTrainedConfig) -> None:
     """Raises a ValueError that says why a network can't be read by blocks, where it can't."""
@@ -139,9 +122,6 @@ def check_network(text_config: PreTrainedConfig) -> None:
         "has latent attention, whose cache can't be cut": getattr(text_config, "kv_lora_rank", None),
         "has positions in its scores (ALiBi), not in its states": getattr(text_config, "alibi", False)
         or text_config.model_type in ("bloom", "mpt"),
-        "scales its logits": any(
-            getattr(text_config, name, 1.0) not in (None, 1.0) for name in ("logit_scale", "logits_scaling")
-        ),
     }
     kinds = sorted(set(getattr(text_config, "layer_types", None) or ()) - set(LAYER_TYPES))
     faults[f"has layers of the type {', '.join(kinds)}"] = kinds

@@ -1,7 +1,8 @@
 """Denoising the blocks of a text one after the other: the passes over the network, and a record of what they gave."""
 
+import itertools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .diffusion_block_diffusion import sigma_from_mask_probability
 from .guidance_block_diffusion import Guidance
 from .prediction_block_diffusion import Prediction, TokenPredictor
 from .prefix_reuse_block_diffusion import CleanText, match_cache, sliding_cache
-from .progress_block_diffusion import Canvas, RowProgress
+from .progress_block_diffusion import Canvas, RowProgress, drop_after_eos
 from .samplers_block_diffusion import BlockNoise, Sampler
 from .two_stream_block_diffusion import flagged_first
 
@@ -40,15 +41,20 @@ class GenerationRecord:
             self.reveal_steps = torch.zeros_like(canvas.tokens)
             self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
 
+    @property
+    def keeps_vocabularies(self) -> bool:
+        """Whether it keeps scores or logits, of which there is a number for each token of the vocabulary."""
+        return self.scores is not None or self.logits is not None
+
     def note(self, prediction: Prediction, revealed: Tensor, columns: Tensor) -> None:
         """Counts a forward, and keeps what it gave at `columns`, of the `revealed` tokens too [batch, block_size]."""
-        candidates = prediction.candidates
-        self.num_forward_passes += candidates.any(-1)
-        row, index = candidates.nonzero()[:, 0], columns[candidates] - self.prompt_width
-        is_new = index >= 0
-        for kept, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
-            if kept is not None:
-                kept[index[is_new], row[is_new]] = values[is_new]
+        self.num_forward_passes = self.num_forward_passes + prediction.is_candidate.any(-1)
+        if self.keeps_vocabularies:
+            index = columns.gather(1, prediction.kept) - self.prompt_width
+            row, place = (prediction.is_candidate & (index >= 0)).nonzero(as_tuple=True)
+            for kept, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
+                if kept is not None:
+                    kept[index[row, place], row] = values.view(*index.shape, -1)[row, place]
         if self.reveal_steps is not None:
             noted = (self.num_forward_passes[:, None], prediction.confidence("probability"))
             for record, values in zip((self.reveal_steps, self.token_probabilities), noted):
@@ -67,18 +73,47 @@ class GenerationRecord:
         return fields
 
 
+class NetworkPass(NamedTuple):
+    """
+    What passes over one block against the same cache of `num_cached` columns share: finished tokens to commit [rows,
+    num_clean], arguments of the network, and `seen` of [`CommitCache`].
+    """
+
+    clean: Tensor
+    inputs: dict[str, Any]
+    seen: slice | None
+    num_cached: int
+
+
 @dataclass
 class BlockTask:
-    """One block of every row: its columns in the text and which of them to fill, both [batch, block_size]."""
+    """
+    One block of every row: its columns in the text, which of them to fill, their ids, which of these are masked, and
+    where an EOS would end the row, all [batch, block_size]; and the text around it, if a processor reads that. A step
+    changes `block` and `masked`.
+    """
 
     columns: Tensor
     to_fill: Tensor
+    block: Tensor
+    masked: Tensor
+    context: Tensor | None
+    may_end: Tensor | None
     sampler: Sampler
     noise: BlockNoise
+    network_pass: NetworkPass | None = None
 
 
 class Denoiser:
-    """Denoises the blocks of a canvas: calls the model, of which it knows `forward` alone, and asks the sampler."""
+    """
+    Denoises the blocks of a canvas: calls the model, of which it knows `forward` alone, and asks the sampler.
+
+    A step is a function of tensors of fixed shapes, and does not wait for the device. It changes tensors among
+    the attributes of the [`BlockTask`], its sampler, the denoiser, its predictor and its record.
+    """
+
+    # Where the device is the host itself, looking costs nothing.
+    waits_for = ("cpu",)
 
     def __init__(
         self, model, canvas: Canvas, generation_config, processors, cache: Cache | None, guidance: Guidance | None
@@ -103,38 +138,60 @@ class Denoiser:
             self.text = match_cache(cache, prefix, length, *sizes, reread=bool(config.shift_logits))
             # Blocks that are counted from the prompt's end are of no use to another prompt.
             cache.clean_text = replace(self.text) if generation_config.new_block else self.text
-        self._prepared: tuple[Any, dict, slice | None] = (None, {}, None)
-        self._first_logits: Tensor | None = None
+        self.eos_token_id: Tensor | None = None
+        self.first_logits: Tensor | None = None
+        self._may_wait = canvas.tokens.device.type in self.waits_for
+        self._most_to_fill = [] if self._may_wait else canvas.most_to_fill()
+        self._first_blocks = (canvas.num_clean // canvas.block_size).tolist()
 
     def denoise_block(self, stage: int, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row."""
-        canvas, columns = self.canvas, self.canvas.columns(stage)
-        block = canvas.tokens.gather(1, columns)
-        masked = canvas.to_fill.gather(1, columns) & progress.unfinished[:, None]
-        sampler = self.generation_config.make_sampler(canvas.block_size, self.config.noise_schedule)
-        noise = BlockNoise(self.seeds, canvas.block_numbers(stage), block.shape, block.device)
-        task = BlockTask(columns, masked, sampler, noise)
-        sampler.start(masked, noise)
-        while not sampler.is_finished(masked):
-            block, masked = self.step(task, block, masked)
-            if not sampler.may_remask:
-                # An EOS that stays ends its row.
-                masked = progress.drop_after_eos(block, columns, masked)
-            canvas.tokens.scatter_(1, columns, block)
-            self._show(block, columns, progress.streamer)
+        task, canvas = self.start_block(stage, progress), self.canvas
+        sampler = task.sampler
+        num_steps = None if self._may_wait else sampler.num_steps(self._most_to_fill[stage])
+        sampler.start(task.masked, task.noise)
+        for index in itertools.count():
+            if index >= (num_steps or 0) and sampler.is_finished(task.masked):
+                break
+            self.take_step(task)
+            if hasattr(progress.streamer, "put_draft") or hasattr(progress.streamer, "put_reveal"):
+                canvas.tokens.scatter_(1, task.columns, task.block)
+                self._show(task.block, task.columns, progress.streamer)
+        canvas.tokens.scatter_(1, task.columns, task.block)
         self.predictor.check()
 
-    def step(self, task: BlockTask, block: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """One denoising step of at most one forward: the ids `block` and which are `masked` [batch, block_size]."""
-        sampler = task.sampler
+    def start_block(self, stage: int, progress: RowProgress) -> BlockTask:
+        """The task of the next block of each row, before its first step."""
+        canvas, columns = self.canvas, self.canvas.columns(stage)
+        block, to_fill = canvas.tokens.gather(1, columns), canvas.to_fill.gather(1, columns)
+        masked = to_fill & progress.unfinished[:, None]
+        sampler = self.generation_config.make_sampler(canvas.block_size, self.config.noise_schedule)
+        numbers = [first + stage for first in self._first_blocks]
+        noise = BlockNoise(self.seeds, numbers, block.shape, block.device)
+        context = canvas.context() if self.predictor.reads_context else None
+        # An EOS that stays ends its row.
+        may_end = None if sampler.may_remask else progress.may_end(columns)
+        self.eos_token_id = progress.eos_token_id
+        return BlockTask(columns, to_fill, block, masked, context, may_end, sampler, noise)
+
+    def take_step(self, task: BlockTask) -> None:
+        """One denoising step: what the host does for it, then [`step`]."""
+        task.network_pass = self._network_pass(task)
+        self.step(task)
+
+    def step(self, task: BlockTask) -> None:
+        """One denoising step of at most one forward."""
+        sampler, block, masked = task.sampler, task.block, task.masked
         revealed = candidates = sampler.candidates(masked)
         known = task.to_fill & ~masked
         # Drawn at every step: another row may be the reason that there is a forward.
         uniform = task.noise.uniform()
         if not sampler.may_pause or candidates.any():
-            logits = self._logits(task, block, masked, candidates)
-            place = (task.columns, self.canvas.context(), uniform)
-            prediction = self.predictor.predict(logits, candidates, *place)
+            kept, is_candidate = self._candidates_first(candidates, sampler.num_candidates)
+            logits = self._logits(task, kept)
+            context = None if task.context is None else task.context.scatter(1, task.columns, block)
+            place = (task.columns, context, uniform)
+            prediction = self.predictor.predict(logits, kept, is_candidate, *place)
             confidence = None if sampler.confidence is None else prediction.confidence(sampler.confidence)
             revealed = sampler.reveal(candidates, confidence)
             self.predictor.settle(prediction, revealed, *place)
@@ -145,7 +202,13 @@ class Denoiser:
         if sampler.may_remask:
             masked = masked | remasked
             block = block.masked_fill(remasked, self.config.mask_token_id)
-        return block, masked
+        elif task.may_end is not None:
+            masked = drop_after_eos(block, masked, task.may_end, self.eos_token_id)
+        task.block, task.masked = block, masked
+
+    def release(self) -> Cache | None:
+        """The cache, of which the denoiser makes no use any more."""
+        return self.cache
 
     def append_block(self, stage: int) -> None:
         """Hands the finished block, as it is in the text, to the next forward, which commits it."""
@@ -158,41 +221,52 @@ class Denoiser:
             return block, None
         return self.guidance.with_unconditional_blocks(block, columns - self.canvas.prompt_width)
 
-    def _logits(self, task: BlockTask, block: Tensor, masked: Tensor, candidates: Tensor) -> Tensor:
-        """Logits of the candidates [num_candidates, vocab], float32; commits the clean tokens that are not cached."""
-        text, cache, num_prompts = self.text, self._read_all_but_last_piece(), len(block)
+    def _candidates_first(self, candidates: Tensor, num_candidates: int | None) -> tuple[Tensor, Tensor]:
+        """Places of the block that hold all `candidates` [batch, block_size], and which do, both [batch, kept]."""
+        if self._may_wait:
+            return flagged_first(candidates)
+        if num_candidates == 1:
+            kept = candidates.int().argmax(-1, keepdim=True)
+            return kept, candidates.gather(1, kept)
+        return torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates), candidates
+
+    def _network_pass(self, task: BlockTask) -> NetworkPass:
+        """The next pass over a block, which commits the clean tokens that are not cached."""
+        text, cache, last = self.text, self._read_all_but_last_piece(), task.network_pass
         clean = text.pending
-        block, is_real = self._as_read(block, task.columns)
-        num_clean, num_copies = clean.shape[1], len(block) // num_prompts
-        first_is_read = bool(self.config.shift_logits) and num_clean > 0
-        wanted = candidates
-        if first_is_read:
-            wanted = torch.cat([candidates[:, :1] | masked[:, :1], candidates[:, 1:]], dim=1)
-        kept, is_wanted = flagged_first(wanted)
-        key = (text.num_columns, text.num_cached)
-        if self._prepared[0] != key:
-            positions = torch.cat([text.positions, text.block_positions(is_real, block.shape[1])], dim=1)
+        if last is not None and last.num_cached == text.num_cached:
+            inputs, seen = last.inputs, last.seen
+        else:
+            _, is_real = self._as_read(task.block, task.columns)
+            positions = torch.cat([text.positions, text.block_positions(is_real, task.block.shape[1])], dim=1)
             is_plain = text.is_plain and is_real is None
-            self._prepared = (key, *self._positions_and_mask(positions, cache, is_plain, block.shape[1]))
-        inputs, seen = dict(self._prepared[1]), self._prepared[2]
+            inputs, seen = self._positions_and_mask(positions, cache, is_plain, task.block.shape[1])
+        inputs = inputs | {"cache": None if cache is None else CommitCache(cache, clean.shape[1], seen)}
+        return NetworkPass(clean, inputs, seen, text.num_cached)
+
+    def _logits(self, task: BlockTask, kept: Tensor) -> Tensor:
+        """Logits of the tokens at `kept` [batch, kept] of the block [batch * kept, vocab], float32."""
+        clean, inputs = task.network_pass.clean, dict(task.network_pass.inputs)
+        block, _ = self._as_read(task.block, task.columns)
+        num_clean, num_copies = clean.shape[1], len(block) // len(task.block)
         if self.config.time_conditioning:
-            sigma = sigma_from_mask_probability(task.sampler.mask_probability(masked))
+            sigma = sigma_from_mask_probability(task.sampler.mask_probability(task.masked))
             sigma = sigma.repeat(num_copies)[:, None].expand(block.shape)
             inputs["timesteps"] = torch.cat([sigma.new_zeros(clean.shape), sigma], dim=1)
-        inputs["cache"] = None if cache is None else CommitCache(cache, num_clean, seen)
-        inputs["logits_to_keep"] = num_clean + kept.repeat(num_copies, 1)
+        # The last clean token predicts the first of the block, and is read once.
+        first_is_read = bool(self.config.shift_logits) and num_clean > 0
+        read = torch.nn.functional.pad(kept, (1, 0)) if first_is_read else kept
+        inputs["logits_to_keep"] = num_clean + read.repeat(num_copies, 1)
         logits = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs).logits
         # Without a cache the text before a block is computed anew at each forward.
-        text.num_cached = 0 if self.cache is None else text.num_columns
+        self.text.num_cached = 0 if self.cache is None else self.text.num_columns
         task.sampler.tolerance = torch.finfo(logits.dtype).eps ** 0.5
         if first_is_read:
-            # The last clean token predicts the first of the block, and is read once; `kept` begins with it.
-            self._first_logits = logits[:, :1]
-        elif self._first_logits is not None:
+            self.first_logits, logits = logits[:, :1], logits[:, 1:]
+        elif self.first_logits is not None:
             is_first = (kept == 0).repeat(num_copies, 1)[..., None]
-            logits = torch.where(is_first, self._first_logits, logits)
-        is_candidate = is_wanted & candidates.gather(1, kept)
-        logits = logits[is_candidate.repeat(num_copies, 1)].float()
+            logits = torch.where(is_first, self.first_logits, logits)
+        logits = logits.flatten(0, 1).to(torch.float32, copy=True)
         return logits if self.guidance is None else self.guidance.combine(logits)
 
     def _read_all_but_last_piece(self) -> Cache | None:

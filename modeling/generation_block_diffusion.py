@@ -193,6 +193,9 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             raise ValueError(f"`{mask_name}` must be {rule}; set `tokenizer.padding_side = 'left'`.")
         return gaps & real
 
+    def _denoiser(self, canvas: Canvas, generation_config, processors, cache, guidance) -> Denoiser:
+        return Denoiser(self, canvas, generation_config, processors, cache, guidance)
+
     def _sample(
         self,
         input_ids: torch.LongTensor,
@@ -234,17 +237,17 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
                 num_columns = prompt_width + num_new + 2 * config.block_size
                 cache = StaticCache(config=config.get_text_config(decoder=True), max_cache_len=num_columns)
                 read_whole_text(cache, num_columns)
-        denoiser = Denoiser(self, canvas, generation_config, logits_processor, cache, guidance)
+        denoiser = self._denoiser(canvas, generation_config, logits_processor, cache, guidance)
         progress = RowProgress(canvas, generation_config, stopping_criteria, streamer)
         for stage in range(canvas.num_stages):
             # 2. Denoise one block of every row, 3. see where rows end.
             denoiser.denoise_block(stage, progress)
-            progress.finish_block(stage)
+            goes_on = progress.finish_block(stage)
             denoiser.append_block(stage)
-            if not progress.unfinished.any():
+            if not goes_on:
                 break
         # 4. Cut the rows where they ended.
-        sequences = progress.finish()
+        sequences, cache = progress.finish(), denoiser.release()
         if not generation_config.return_dict_in_generate:
             return sequences
         noted = denoiser.record.of_sequences(progress, sequences.shape[1])

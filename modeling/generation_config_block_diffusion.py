@@ -19,28 +19,24 @@ def is_integer(value: object, least: int) -> bool:
 def argument_rules() -> dict[str, tuple[Callable[[Any], bool], str]]:
     """For each argument that [`BD3LMGenerationConfig`] adds or checks, a test of all values but None, and the rule."""
     share = (lambda value: isinstance(value, (int, float)) and 0 <= value <= 1, "a number in [0, 1]")
+    count = (lambda value: is_integer(value, 1), "an integer >= 1")
+    flag = (lambda value: isinstance(value, bool), "True or False")
     names = ", ".join(SAMPLERS)
     return {
-        **dict.fromkeys(("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), share),
+        **dict.fromkeys(("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "remask_cap"), share),
+        **dict.fromkeys(("denoising_steps", "tokens_per_step", "sub_block_size", "entropy_stop_window"), count),
+        **dict.fromkeys(("new_block", "infill", "output_reveal"), flag),
         "no_repeat_ngram_size": (lambda value: is_integer(value, 0), "an integer >= 0"),
         "sampler": (lambda value: isinstance(value, Sampler) or value in [*SAMPLERS], f"one of {names}, or a Sampler"),
-        "denoising_steps": (lambda value: is_integer(value, 1), "an integer >= 1"),
         "noise_schedule": (lambda value: value in NOISE_SCHEDULE_NAMES, f"one of {', '.join(NOISE_SCHEDULE_NAMES)}"),
-        "remask_cap": share,
         "confidence_threshold": (lambda value: 0 < value <= 1, "in (0, 1]"),
         "confidence": (lambda value: value in CONFIDENCES, f"one of {', '.join(CONFIDENCES)}"),
-        "tokens_per_step": (lambda value: is_integer(value, 1), "an integer >= 1"),
-        "sub_block_size": (lambda value: is_integer(value, 1), "an integer >= 1"),
-        "new_block": (lambda value: isinstance(value, bool), "True or False"),
         "entropy_bound": (lambda value: value >= 0, "a number of nats >= 0"),
+        "entropy_stop_threshold": (lambda value: value > 0, "a number of nats > 0"),
         "seed": (
             lambda value: all(is_integer(seed, 0) for seed in (value if isinstance(value, list) else [value])),
             "an integer >= 0, or a list of them",
         ),
-        "infill": (lambda value: isinstance(value, bool), "True or False"),
-        "output_reveal": (lambda value: isinstance(value, bool), "True or False"),
-        "entropy_stop_threshold": (lambda value: value > 0, "a number of nats > 0"),
-        "entropy_stop_window": (lambda value: is_integer(value, 1), "an integer >= 1"),
     }
 
 
@@ -52,21 +48,17 @@ class BD3LMGenerationConfig(GenerationConfig):
     Args:
         sampler: "first_hitting" (default), "ancestral", "confidence", "sequential", "entropy_bound", a name that was
             added to `SAMPLERS`, or a `Sampler`.
-        denoising_steps: of the samplers "ancestral", "confidence" and "sequential", per block; by default its number
-            of tokens.
-        noise_schedule: of the sampler "ancestral"; by default the model's.
-        remask_cap: of the sampler "ancestral": the largest probability, in [0, 1], that a revealed token is masked
-            again at a step (ReMDM); 0 by default.
-        confidence_threshold: of the sampler "confidence": reveal every token above this confidence, in (0, 1].
-        confidence: of the sampler "confidence": "probability" (default), "margin", "negative_entropy" or
-            "processed_probability", which is what temperature, nucleus and the like make of the first.
-        tokens_per_step: of the samplers "confidence" and "sequential": reveal so many at a step; with a
-            `confidence_threshold` at least so many.
-        sub_block_size: of the sampler "confidence": denoise a block in parts of so many tokens from left to right, its
-            first token before all others.
+        denoising_steps: of "ancestral", "confidence" and "sequential", per block; by default its number of tokens.
+        noise_schedule: of "ancestral"; by default the model's.
+        remask_cap: of "ancestral": the largest probability that a revealed token is masked again (ReMDM); default 0.
+        confidence_threshold: of "confidence": reveal every token above this confidence, in (0, 1].
+        confidence: of "confidence": "probability" (default), "margin", "negative_entropy" or "processed_probability",
+            which is what temperature, nucleus and the like make of the first.
+        tokens_per_step: of "confidence" and "sequential": reveal so many, with a `confidence_threshold` at least.
+        sub_block_size: of "confidence": denoise parts of so many tokens in turn, a block's first token before them.
         new_block: begin a block right after each prompt, whose own last block ends there; False by default.
-        entropy_bound: of the sampler "entropy_bound": the most that the entropies of tokens which are revealed
-            together may sum up to, less the largest of them, in nats; 0 by default.
+        entropy_bound: of "entropy_bound": the most that the entropies of tokens which are revealed together may sum up
+            to, less the largest of them, in nats; 0 by default.
         seed: row i of the batch, `num_return_sequences` included, draws from a generator of its own with this seed +
             i, or with the i-th of a list. So it gets the tokens that it would get alone, and no other generator is
             touched. By default all rows draw from torch's global generator.
@@ -121,17 +113,10 @@ class BD3LMGenerationConfig(GenerationConfig):
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """As `GenerationConfig.validate`, the arguments of this class included; raises the ValueError of the class."""
-        if self.top_k == 0:
-            # Off, and so no sampling argument that `do_sample=False` would contradict.
-            user_set_attributes = set(user_set_attributes or vars(self)) - {"top_k"}
-        # Sampling is what happens unless it is turned off.
-        do_sample = self.do_sample
-        self.do_sample = True if do_sample is None else do_sample
-        try:
-            super().validate(strict=strict, user_set_attributes=user_set_attributes)
-        finally:
-            self.do_sample = do_sample
-
+        checked = copy.copy(self)
+        # Sampling is what happens unless it is turned off, and a `top_k` of 0 is none that this would contradict.
+        checked.do_sample, checked.top_k = self.do_sample is not False, self.top_k or None
+        super(BD3LMGenerationConfig, checked).validate(strict=strict, user_set_attributes=user_set_attributes)
         for name, (holds, rule) in argument_rules().items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -167,12 +152,10 @@ class BD3LMGenerationConfig(GenerationConfig):
         if isinstance(self.sampler, Sampler):
             got = f"a {type(self.sampler).__name__}; add its class to SAMPLERS and give the name"
             raise ValueError(f"`sampler` must be a name in SAMPLERS to be saved, but got {got}.")
-        if self.do_sample is None:
-            # Who reads the file without this class would take its sampling arguments for a mistake.
-            saved = copy.deepcopy(self)
-            saved.do_sample = True
-            return saved.save_pretrained(*args, **kwargs)
-        super().save_pretrained(*args, **kwargs)
+        saved = copy.deepcopy(self)
+        # Who reads the file without this class would take its sampling arguments for a mistake.
+        saved.do_sample = self.do_sample is not False
+        super(BD3LMGenerationConfig, saved).save_pretrained(*args, **kwargs)
 
     def make_sampler(self, block_size: int, noise_schedule: str) -> Sampler:
         """

@@ -47,13 +47,14 @@ class Guidance(LogitsProcessor):
         first = (num_in_last - num_negative) % block_size
         length = first + num_negative - num_in_last
         width = max(prefix.shape[1], int(length.max()))
-        # Columns of the negative prompts, whose tokens end at the right.
-        columns = torch.arange(width, device=prefix.device) - first[:, None]
-        is_real = (columns >= 0) & (columns < num_negative[:, None])
-        columns = columns + self.negative_ids.shape[1] - num_negative[:, None]
-        negative = self.negative_ids.gather(1, columns.clamp(0, self.negative_ids.shape[1] - 1))
+        negative = self._negative_at(torch.arange(width, device=prefix.device) - (first + num_negative)[:, None])
         prefix = torch.nn.functional.pad(prefix, (0, width - prefix.shape[1]), value=-1)
-        return torch.cat([prefix, negative.masked_fill(~is_real, -1)]), torch.cat([num_clean, length])
+        return torch.cat([prefix, negative]), torch.cat([num_clean, length])
+
+    def _negative_at(self, index: Tensor) -> Tensor:
+        """The ids of the negative prompts, of which -1 is the last, at an `index` [batch, any]; -1 outside of them."""
+        padded = torch.nn.functional.pad(self.negative_ids, (1, 1), value=-1)
+        return padded.gather(1, (index + padded.shape[1] - 1).clamp(0, padded.shape[1] - 1))
 
     def with_unconditional_blocks(self, block: Tensor, new_index: Tensor) -> tuple[Tensor, Tensor | None]:
         """
@@ -64,10 +65,7 @@ class Guidance(LogitsProcessor):
         is_prompt = new_index < 0
         if not is_prompt.any():
             return block.repeat(2, 1), None
-        width = self.negative_ids.shape[1]
-        columns = new_index + width
-        negative = self.negative_ids.gather(1, columns.clamp(0, width - 1)).masked_fill(columns < 0, -1)
-        unconditional = torch.where(is_prompt, negative, block)
+        unconditional = torch.where(is_prompt, self._negative_at(new_index), block)
         both = torch.cat([block, unconditional])
         return both.clamp(min=0), torch.cat([torch.ones_like(is_prompt), unconditional >= 0])
 

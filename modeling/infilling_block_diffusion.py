@@ -26,16 +26,30 @@ class TextInfillingPipeline(Pipeline):
     Fills the gaps of texts with a block diffusion model; every given token stays.
 
     A gap is one marker or several next to each other. A marker is the tokenizer's mask token, or `placeholder`, in the
-    place of `gap_length` tokens. A gap is filled from both sides within its block and from the left across blocks.
-    Special tokens are not written into a gap, unless `suppress_tokens` says otherwise.
+    place of `gap_length` tokens: one number, by default 1, or a list of one for each marker of a text. A gap is filled
+    from both sides within its block and from the left across blocks. Special tokens are not written into a gap, unless
+    `suppress_tokens` says otherwise.
 
     ```python
     fill = pipeline("text-infilling", model="user/model", trust_remote_code=True)
     fill("def main(...):\\n    return ...", placeholder="...", gap_length=[2, 5], sampler="confidence")
     ```
 
-    `args` and `kwargs` are those of `Pipeline`, and as defaults those of the calls. Raises a ValueError for another
-    kind of model, and for a tokenizer without the model's mask token.
+    A call takes a text, or a list, generator or dataset of texts, of which `batch_size` are filled at once, and
+    arguments of `generate`, but for those that say how long the text becomes. A text may come as a mapping {"text",
+    "gap_length"}, with lengths of its own. For each text a call gives a dictionary, or with `num_return_sequences`
+    above 1 a list of so many:
+
+    - `text`: the filled text; with a tokenizer that gives back what it encodes, the given text between gaps.
+    - `spans`: for each gap `start` and `end` (characters of `text`, the end excluded), `text`, `token_ids`,
+      `token_scores` (the model's probability of each token when it was revealed, before temperature, nucleus and the
+      like) and `score`, their geometric mean.
+
+    `args` and `kwargs` are those of `Pipeline`, and as defaults those of the calls.
+
+    Raises:
+        ValueError: another kind of model; a tokenizer without the model's mask token; a text without a gap, or with
+            marks of two kinds; lengths that don't fit the markers; an argument that says how long the text becomes.
     """
 
     _load_tokenizer = True
@@ -57,46 +71,19 @@ class TextInfillingPipeline(Pipeline):
         # As `generate` has it.
         self.tokenizer.padding_side = "left"
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        """
-        Fills the gaps of one text or of several.
-
-        Args:
-            inputs: A text, or a list, generator or dataset of texts. A text may come as a mapping {"text",
-                "gap_length"}, with lengths of its own.
-            placeholder: What marks a gap in place of the mask token.
-            gap_length: Tokens for each marker, or a list of one number for each marker of a text; 1 by default.
-            batch_size: Texts that are filled at once; 1 by default.
-            generate_kwargs: Arguments of `generate`, but for those that say how long the text becomes.
-
-        Returns:
-            For each text a dictionary, or with `num_return_sequences` above 1 a list of so many:
-
-            - `text`: the filled text; with a tokenizer that gives back what it encodes, the given text between gaps.
-            - `spans`: for each gap `start` and `end` (characters of `text`, the end excluded), `text`, `token_ids`,
-              `token_scores` (the model's probability of each token when it was revealed, before temperature, nucleus
-              and the like) and `score`, their geometric mean.
-
-        Raises:
-            ValueError: a text without a gap, or with marks of two kinds; lengths that don't fit the markers; an
-                argument that says how long the text becomes.
-        """
-        return super().__call__(inputs, **kwargs)
-
-    def _sanitize_parameters(
-        self, placeholder: str | None = None, gap_length: int | list[int] | None = None, **generate_kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        given = {"placeholder": placeholder, "gap_length": gap_length}
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        names = ("placeholder", "gap_length")
+        marks = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
         # Transformers keeps them in ways that change. Here they are those of `__init__`, which calls this first.
         if not hasattr(self, "generate_defaults"):
-            self.generate_defaults, generate_kwargs = generate_kwargs, {}
-        return {name: value for name, value in given.items() if value is not None}, generate_kwargs, {}
+            self.generate_defaults, kwargs = kwargs, {}
+        return marks, kwargs, {}
 
     def preprocess(self, inputs: Any, placeholder: str | None = None, gap_length: int | list[int] = 1) -> dict:
         """
         `input_ids` and `attention_mask` [1, length] of one text, its gaps masked and BOS in front as in training, and
         `num_added` [1], 1 if BOS was not there. `inputs`, `placeholder` and `gap_length`, and the ValueError, are
-        those of `__call__`.
+        those of the class.
         """
         tokenizer, text = self.tokenizer, inputs
         if isinstance(inputs, dict):

@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox.modeling_gpt_neox import eager_attention_forward
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bd3lm import BD3LMConfig
@@ -33,7 +34,6 @@ class BD3LMNoiseEmbedding(nn.Module):
     """Embeds the noise level sigma: 256 sinusoidal features (cosines, then sines), then an MLP with SiLU between."""
 
     num_features = 256
-    max_period = 10000
 
     def __init__(self, config: BD3LMConfig):
         super().__init__()
@@ -44,7 +44,7 @@ class BD3LMNoiseEmbedding(nn.Module):
         """sigma of any shape -> [*shape, cond_dim]."""
         half = self.num_features // 2
         exponents = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
-        angles = sigma[..., None].float() * torch.exp(-math.log(self.max_period) * exponents)
+        angles = sigma[..., None].float() * torch.exp(-math.log(10000) * exponents)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         # A projection that a quantizer put here may have no such weight; it takes any floating point.
         weight = getattr(self.linear_1, "weight", None)
@@ -53,36 +53,21 @@ class BD3LMNoiseEmbedding(nn.Module):
         return self.linear_2(nn.functional.silu(self.linear_1(features)))
 
 
-class BD3LMRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary embedding (arXiv 2104.09864), halves paired as in GPT-NeoX."""
-
-    def __init__(self, config: BD3LMConfig):
-        super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
-
-    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """position_ids [batch, length] -> cos and sin, each [batch, 1, length, head_dim]."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=position_ids.device) / self.head_dim
-        angles = position_ids[..., None].float() / self.rope_theta**exponents
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+def rotary_embedding(config: BD3LMConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """
+    Cosines and sines of the rotary embedding (arXiv 2104.09864), halves paired as in GPT-NeoX: each [batch, 1, length,
+    head_dim], from position_ids [batch, length].
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device) / config.head_dim
+    angles = position_ids[..., None].float() / config.rope_theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary_pos_emb(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [batch, heads, length, head_dim] at their positions."""
+    """Queries or keys [batch, heads, length, head_dim] at their positions; under autocast angles are more precise."""
     first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """[batch, heads, length, head_dim] -> ([batch, length, heads, head_dim], the attention weights)."""
-    attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if mask is not None:
-        attn_weights = attn_weights + mask
-    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(attn_weights, value).transpose(1, 2).contiguous(), attn_weights
+    return (states * cos + torch.cat((-second, first), dim=-1) * sin).to(states.dtype)
 
 
 class BD3LMAttention(nn.Module):
@@ -238,7 +223,6 @@ class BD3LMModel(BD3LMPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=False)
         if config.adaln:
             self.adaln_modulation = zero_linear(config.cond_dim, 2 * config.hidden_size)
-        self.rotary_emb = BD3LMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -258,15 +242,9 @@ class BD3LMModel(BD3LMPreTrainedModel):
     ) -> NetworkOutput:
         """
         One pass over tokens, by default a denoising pass, that gives a `last_hidden_state` [batch, length, hidden].
-
-        Args:
-            input_ids: ids, masked ones among them [batch, length].
-            attention_mask, position_ids, cache, inputs_embeds, use_cache, document_ids, kwargs: see `forward` of
-                [`BD3LMForMaskedLM`].
-            timesteps: noise level sigma of each row [batch] or of each token [batch, length]. None means 0.
-
-        Raises:
-            ValueError: two inputs or none, shapes that do not fit, training under `flex_attention` on a CPU.
+        `timesteps` are sigma of each row [batch] or token [batch, length], None meaning 0; `input_ids`,
+        `attention_mask`, `position_ids`, `cache`, `inputs_embeds`, `use_cache`, `document_ids` and `kwargs` are those
+        of [`BlockDiffusionLMMixin.forward`], as is the ValueError, which training by `flex_attention` on a CPU is too.
         """
         check_one_input(input_ids, inputs_embeds)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -281,7 +259,7 @@ class BD3LMModel(BD3LMPreTrainedModel):
         text, dtype = (attention_mask, position_ids, document_ids), hidden_states.dtype
         position_ids, attention_mask = prepare_denoising(self.config, hidden_states, dtype, text, cache)
         condition = self.condition(timesteps, hidden_states.device)
-        position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+        position_embeddings = rotary_embedding(self.config, position_ids, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, position_embeddings, condition, cache=cache, **kwargs)
         hidden_states = self.norm(hidden_states)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
 from .cache_block_diffusion import CommitCache
@@ -21,6 +22,14 @@ from .outputs_block_diffusion import BlockDiffusionOutput, NetworkOutput, accept
 from .two_stream_block_diffusion import tokens_where
 
 
+# What stock classes do to the logits of their head: Cohere's and Granite's scale them, Gemma's bound them.
+LOGIT_CHANGES = {
+    "logit_scale": lambda logits, scale: logits * scale,
+    "logits_scaling": lambda logits, divisor: logits / divisor,
+    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,
+}
+
+
 class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedModel):
     """Loading and saving, common to the models of this file, which hold a stock network under its own names."""
 
@@ -33,6 +42,12 @@ class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedMod
     _supports_flex_attn = True
     # A backend that brings its own attention (vLLM, SGLang) would run this model as a causal one.
     _supports_attention_backend = False
+    auto_map = {
+        "AutoConfig": "configuration_causal_lm.BlockDiffusionConfig",
+        "AutoModel": "modeling_causal_lm.BlockDiffusionModel",
+        "AutoModelForMaskedLM": "modeling_causal_lm.BlockDiffusionForMaskedLM",
+        "AutoModelForCausalLM": "modeling_causal_lm.BlockDiffusionForMaskedLM",
+    }
 
     def _take_modules(self, stock: PreTrainedModel) -> None:
         """Takes over the modules of a stock model, under their names, and what the class says of them."""
@@ -46,18 +61,13 @@ class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedMod
         for name in ("_tied_weights_keys", "_tp_plan", "_keys_to_ignore_on_load_unexpected"):
             setattr(self, name, getattr(type(stock), name, None))
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.base_model.set_input_embeddings(value)
-
     def _network(self, cache: Cache | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
         if inputs.pop("timesteps", None) is not None:
             raise ValueError("`timesteps` must be None for a network that is told no noise level, but got some.")
         limit, position_ids = self.config.max_position_embeddings, inputs["position_ids"]
         has_table = limit is not None and not hasattr(self.base_model, "rotary_emb")
-        if has_table and not position_ids.is_meta and (largest := int(position_ids.max())) >= limit:
+        has_values = not (position_ids.is_meta or torch.compiler.is_compiling())
+        if has_table and has_values and (largest := int(position_ids.max())) >= limit:
             rule = f"below {limit}, for the network has learned so many positions"
             raise ValueError(f"`position_ids` must be {rule}, but got {largest}.")
         inputs.update({CACHE_NAME: cache, "use_cache": cache is not None})
@@ -154,7 +164,8 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         is_training = model.training
         text_config, attention = model.config.get_text_config(decoder=True), model.config._attn_implementation
         fields = {"shift_logits": shift_logits, "clean_attention": clean_attention, "dtype": model.dtype}
-        BlockDiffusionConfig(text_config=text_config, block_size=block_size, **fields)
+        fields["block_size"] = block_size
+        BlockDiffusionConfig(text_config=text_config, **fields)
         num_rows = model.get_input_embeddings().weight.shape[0]
         if mask_token_id is None:
             mask_token_id = num_rows
@@ -163,10 +174,9 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
             for part in (model.get_input_embeddings(), model.get_output_embeddings()):
                 with torch.no_grad():
                     part.weight[num_rows:] = part.weight[:num_rows].float().mean(0).to(part.weight.dtype)
-        fields.update(mask_token_id=mask_token_id, block_size=block_size)
         # Where it lay is nothing to be published.
         text_config._name_or_path = ""
-        config = BlockDiffusionConfig(text_config=text_config, **fields)
+        config = BlockDiffusionConfig(text_config=text_config, mask_token_id=mask_token_id, **fields)
         config._attn_implementation = attention
         with torch.device("meta"):
             adapted = cls(config)
@@ -220,62 +230,70 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         setattr(self, self._head_name, new_embeddings)
 
-    def _capped(self, logits: Tensor) -> Tensor:
-        """Logits as the stock model gives them: Gemma's are bounded."""
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
     def _denoising_loss(
         self, x_0, labels, blocks, noise, num_items_in_batch, autoregressive_loss_weight: float = 0.0, **kwargs: Any
     ) -> BlockDiffusionOutput:
-        """The loss of block diffusion, and so much of that of the next token, as the clean stream scores it."""
-        if not autoregressive_loss_weight:
-            return super()._denoising_loss(x_0, labels, blocks, noise, num_items_in_batch, **kwargs)
-        if self.config.clean_attention != "causal":
+        """
+        The loss of block diffusion; so much of that of the next token, as the clean stream scores it; and in training
+        that of unevenly used experts, if the network's `output_router_logits` asks for it.
+        """
+        network, passes = self.config.text_config, []
+        asks = getattr(network, "output_router_logits", False)
+        balances = self.training and kwargs.get("output_router_logits", asks)
+        if autoregressive_loss_weight and self.config.clean_attention != "causal":
             raise ValueError(
                 "`autoregressive_loss_weight` takes a `clean_attention` of 'causal', but got "
                 f"{autoregressive_loss_weight} with {self.config.clean_attention!r}."
             )
         if num_items_in_batch is None:
             num_items_in_batch = blocks.predicted.sum().clamp(min=1)
-        clean_states: list[Tensor] = []
-        kwargs["clean_states"] = clean_states
+        if autoregressive_loss_weight or balances:
+            kwargs["passes"] = passes
         outputs = super()._denoising_loss(x_0, labels, blocks, noise, num_items_in_batch, **kwargs)
-        follows = blocks.predicted[:, 1:] & (blocks.position_ids.diff(dim=-1) == 1)
-        nats = self.token_nats(tokens_where(follows, clean_states[0][:, :-1]), labels[:, 1:], follows)
-        outputs.loss = outputs.loss + autoregressive_loss_weight * nats.sum() / num_items_in_batch
+        for streams, both in passes:
+            if autoregressive_loss_weight:
+                follows = blocks.predicted[:, 1:] & (blocks.position_ids.diff(dim=-1) == 1)
+                clean_states = both.last_hidden_state[:, streams.num_noisy : -1]
+                nats = self.token_nats(tokens_where(follows, clean_states), tokens_where(follows, labels[:, 1:]))
+                outputs.loss = outputs.loss + autoregressive_loss_weight * nats.sum() / num_items_in_batch
+            if balances:
+                # Of all tokens of both streams but padding.
+                scores, is_real = both.router_logits, (blocks.block_ids >= 0).expand(x_0.shape)
+                is_real = is_real.repeat(1, len(scores[0]) // is_real.numel())
+                num_experts, num_chosen = scores[0].shape[-1], network.num_experts_per_tok
+                imbalance = load_balancing_loss_func(scores, num_experts, num_chosen, is_real)
+                outputs.loss = outputs.loss + network.router_aux_loss_coef * imbalance
         return outputs
 
-    def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, clean_states=None, **kwargs: Any):
-        # For their next tokens all clean ones are read.
-        masked = masked if clean_states is None else None
+    def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, passes=None, **kwargs: Any):
+        # Next tokens and experts are those of all tokens.
+        masked = masked if passes is None else None
         streams, outputs = super()._two_stream_pass(x_t, x_0, blocks, timesteps, masked, **kwargs)
-        if clean_states is not None:
-            clean_states.append(outputs.last_hidden_state[:, streams.num_noisy :])
+        if passes is not None:
+            passes.append((streams, outputs))
         return streams, outputs
 
-    def _logits(self, hidden_states: Tensor) -> Tensor:
-        return self._capped(super()._logits(hidden_states))
+    def _logit_changes(self) -> dict[str, float]:
+        """What the stock class does to its logits, by the name of the field that says so."""
+        fields = vars(self.config.text_config)
+        return {name: fields[name] for name in LOGIT_CHANGES if fields.get(name) is not None}
 
-    def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
-        """As the mixin's, of `hidden_states` [num_masked, hidden], `labels` and `masked`; logits may be bounded."""
-        is_capped = getattr(self.config.text_config, "final_logit_softcapping", None) is not None
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        logits = super()._logits(hidden_states)
+        for name, value in self._logit_changes().items():
+            logits = LOGIT_CHANGES[name](logits, value)
+        return logits
+
+    def token_nats(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        """As the mixin's, of `hidden_states` [num_masked, hidden] and `targets`, by logits that are final."""
         # What is reported as likelihood, in evaluation mode, gives the mask token no probability.
-        is_scored = self.training and self.config.predicts_mask_token
-        if not (is_capped or is_scored):
-            return super().token_nats(hidden_states, labels, masked)
-        head = self._logits if is_capped else self.get_output_embeddings()
-        targets = tokens_where(masked, labels.repeat(1, masked.shape[1] // max(labels.shape[1], 1)))
+        is_scored, is_changed = self.training and self.config.predicts_mask_token, bool(self._logit_changes())
+        if not (is_changed or is_scored):
+            return super().token_nats(hidden_states, targets)
+        head = self._logits if is_changed else self.get_output_embeddings()
         return token_nats(hidden_states, targets, head, -1 if is_scored else self.config.mask_token_id)
 
 
-AUTO_MAP = {
-    "AutoConfig": f"{BlockDiffusionConfig.__module__.split('.')[-1]}.BlockDiffusionConfig",
-    "AutoModel": f"{__name__.split('.')[-1]}.BlockDiffusionModel",
-    "AutoModelForMaskedLM": f"{__name__.split('.')[-1]}.BlockDiffusionForMaskedLM",
-    "AutoModelForCausalLM": f"{__name__.split('.')[-1]}.BlockDiffusionForMaskedLM",
-}
-BlockDiffusionPreTrainedModel.auto_map = AUTO_MAP
 BlockDiffusionConfig.register_for_auto_class()
 BlockDiffusionModel.register_for_auto_class("AutoModel")
 BlockDiffusionForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

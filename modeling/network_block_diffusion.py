@@ -259,13 +259,12 @@ class BlockDiffusionLMMixin:
                     "`labels` with `clean_input_ids` take noise drawn elsewhere, so `loss_weights` must be given and "
                     f"`noise_interval` not, but got {type(loss_weights).__name__} and {noise_interval}."
                 )
-            blocks = TextBlocks.of_batch(self.config, x_0, labels, *text)
-            noise = (input_ids, timesteps, loss_weights)
-            if clean_input_ids is None:
-                noise = self._draw_noise(x_0, blocks, noise_interval, noise_seed)
+            blocks = self._text_blocks(x_0, labels, *text)
+            given = clean_input_ids is not None and (input_ids, timesteps, loss_weights)
+            noise = given or self._draw_noise(x_0, blocks, noise_interval, noise_seed)
             return self._denoising_loss(x_0, labels, blocks, noise, num_items_in_batch, **kwargs)
         if clean_input_ids is not None:
-            blocks = TextBlocks.of_batch(self.config, clean_input_ids, torch.full_like(clean_input_ids, -100), *text)
+            blocks = self._text_blocks(clean_input_ids, torch.full_like(clean_input_ids, -100), *text)
             streams, outputs = self._two_stream_pass(input_ids, clean_input_ids, blocks, timesteps, **kwargs)
             hidden_states = streams.noisy_states(outputs.last_hidden_state)
         else:
@@ -278,6 +277,9 @@ class BlockDiffusionLMMixin:
                 hidden_states = torch.cat([hidden_states[:, :1], hidden_states[:, :-1]], dim=1)
         logits = self._logits(select_positions(hidden_states, logits_to_keep))
         return BlockDiffusionOutput(None, logits, cache, outputs.hidden_states, outputs.attentions)
+
+    def _text_blocks(self, x_0: Tensor, labels: Tensor, *text: Tensor | None) -> TextBlocks:
+        return TextBlocks.of_batch(self.config, x_0, labels, *text)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Raw scores of the final hidden states [batch, kept, hidden] -> [batch, kept, vocab]."""
@@ -346,19 +348,20 @@ class BlockDiffusionLMMixin:
         streams, outputs = self._two_stream_pass(x_t, x_0, blocks, timesteps, masked, **kwargs)
         if num_items_in_batch is None:
             num_items_in_batch = blocks.predicted.sum().clamp(min=1)
-        nats = self.token_nats(streams.of_predictions(outputs.last_hidden_state, masked), labels, masked)
+        targets = tokens_where(masked, labels.repeat(1, num_copies))
+        nats = self.token_nats(streams.of_predictions(outputs.last_hidden_state, masked), targets)
         nelbo = torch.zeros(x_t.shape, dtype=torch.float32, device=x_t.device)
         nelbo = nelbo.masked_scatter(masked, tokens_where(masked, loss_weights).float() * nats)
         nelbo = nelbo.unflatten(1, (num_copies, -1)).sum(1)
-        loss = nelbo.sum() / num_items_in_batch
-        return BlockDiffusionOutput(loss, None, None, outputs.hidden_states, outputs.attentions, nelbo)
+        return BlockDiffusionOutput(
+            nelbo.sum() / num_items_in_batch, None, None, outputs.hidden_states, outputs.attentions, nelbo
+        )
 
-    def token_nats(self, hidden_states: Tensor, labels: Tensor, masked: Tensor) -> Tensor:
+    def token_nats(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
         """
-        -log x_theta of the `masked` tokens, bool [batch, copies * length], from their hidden states [num_masked,
-        hidden] and the clean ids [batch, length], in nats [num_masked], float32, differentiable.
+        -log x_theta of masked tokens, from their hidden states [num_masked, hidden] and clean ids [num_masked], in
+        nats [num_masked], float32, differentiable.
         """
-        targets = tokens_where(masked, labels.repeat(1, masked.shape[1] // max(labels.shape[1], 1)))
         return token_nats(hidden_states, targets, self.get_output_embeddings(), self.config.mask_token_id)
 
 

@@ -27,6 +27,17 @@ def ignores_context(processor: LogitsProcessor) -> bool:
     return type(processor) in CONTEXT_FREE_PROCESSORS or getattr(processor, "ignores_context", False)
 
 
+def reads_whole_context(processor: LogitsProcessor) -> bool:
+    """Whether a processor reads the tokens on both sides, in whichever order: any rows may share a call."""
+    is_penalty = type(processor) is generation.RepetitionPenaltyLogitsProcessor
+    return is_penalty and not isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
+
+
+def largest_is_finite(scores: Tensor, is_candidate: Tensor) -> Tensor:
+    """Whether the largest of the scores [batch * kept, vocab] of each candidate [batch, kept] is a finite number."""
+    return (scores.amax(-1).view(is_candidate.shape).isfinite() | ~is_candidate).all()
+
+
 def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
     """Draws ids [rows] from softmax(`scores`) in float32 [rows, vocab] by inversion, at `uniform` in [0, 1) [rows]."""
     cumulative = scores.softmax(-1).cumsum(-1)
@@ -95,23 +106,25 @@ def ban_n_grams(scores: Tensor, size: int, text: Tensor, column: Tensor, source:
 @dataclass
 class Prediction:
     """
-    What one forward predicts: `tokens` [batch, block_size] at the `candidates`, bool of that shape, arbitrary ones
-    elsewhere, out of `logits` before and `scores` after the processors [num_candidates, vocab].
+    What one forward predicts: at the places `kept` of the block, of which some are candidates, both [batch, kept], the
+    `tokens`, arbitrary ones elsewhere [batch, block_size], out of `logits` before and `scores` after the processors
+    [batch * kept, vocab].
     """
 
-    candidates: Tensor
+    kept: Tensor
+    is_candidate: Tensor
     tokens: Tensor
     logits: Tensor
     scores: Tensor
 
     def confidence(self, kind: str) -> Tensor:
         """How sure the model itself is of each token by [`confidence_of`], -inf elsewhere [batch, block_size]."""
-        confidence = torch.full(self.candidates.shape, -torch.inf, device=self.logits.device)
         scores = self.scores if kind == "processed_probability" else self.logits
-        values = confidence_of(kind, scores.log_softmax(-1), self.tokens[self.candidates])
+        values = confidence_of(kind, scores.log_softmax(-1), self.tokens.gather(1, self.kept).flatten())
         # Of logits that are NaN too there is a least confident token, so that every block ends.
-        confidence[self.candidates] = values.nan_to_num(torch.finfo(values.dtype).min)
-        return confidence
+        values = values.nan_to_num(torch.finfo(values.dtype).min).view(self.kept.shape)
+        values = values.masked_fill(~self.is_candidate, -torch.inf)
+        return values.new_full(self.tokens.shape, -torch.inf).scatter(1, self.kept, values)
 
 
 class TokenPredictor:
@@ -124,7 +137,7 @@ class TokenPredictor:
         self.logits_processor, self.do_sample = logits_processor, do_sample
         self.mask_token_id, self.prompts = mask_token_id, prompts
         self.reads_context = not all(map(ignores_context, logits_processor))
-        self._is_valid = self._is_finite = torch.tensor(True)
+        self._is_valid = self._is_finite = torch.ones((), dtype=torch.bool, device=prompts.device)
 
     def check(self) -> None:
         """Raises a ValueError if scores so far were NaN, infinite or left no token to draw; waits for the device."""
@@ -141,62 +154,86 @@ class TokenPredictor:
             "tokens on both sides of one may together ban all that it could be."
         )
 
-    def predict(self, logits: Tensor, candidates: Tensor, columns: Tensor, context: Tensor, uniform: Tensor):
+    def predict(
+        self, logits: Tensor, kept: Tensor, is_candidate: Tensor, columns: Tensor, context: Tensor, uniform: Tensor
+    ) -> Prediction:
         """
-        The [`Prediction`] of the `candidates`, bool [batch, block_size], from their `logits`, row after row
-        [num_candidates, vocab], in float32, with numbers `uniform` in [0, 1) to draw with [batch, block_size]. Each
-        row's block lies at its `columns` [batch, block_size] of the `context`, [`Canvas.context`] [batch, width].
+        The [`Prediction`] of the tokens at `kept`, from their `logits` [batch * kept, vocab], in float32, with numbers
+        `uniform` in [0, 1) to draw with [batch, block_size]. Each row's block lies at its `columns` [batch,
+        block_size] of the `context`, [`Canvas.context`] [batch, width], which is None where no processor reads it.
         """
         logits[:, self.mask_token_id] = -torch.inf
-        self._is_finite = self._is_finite.to(logits.device) & logits.amax(-1).isfinite().all()
-        scores = self._process(logits, candidates.nonzero()[:, 0], columns[candidates], context)
+        self._is_finite = self._is_finite & largest_is_finite(logits, is_candidate)
+        scores = self._process(logits, is_candidate, columns.gather(1, kept), context)
         # A processor may have lifted the ban, such as one that is left with nothing to allow.
         scores[:, self.mask_token_id] = -torch.inf
-        self._is_valid = self._is_valid.to(scores.device) & scores.amax(-1).isfinite().all()
-        chosen = sample_tokens(scores, uniform[candidates]) if self.do_sample else scores.argmax(-1)
-        return Prediction(candidates, torch.zeros_like(columns).masked_scatter(candidates, chosen), logits, scores)
+        self._is_valid = self._is_valid & largest_is_finite(scores, is_candidate)
+        chosen = sample_tokens(scores, uniform.gather(1, kept).flatten()) if self.do_sample else scores.argmax(-1)
+        tokens = torch.zeros_like(columns).scatter(1, kept, chosen.view(kept.shape))
+        return Prediction(kept, is_candidate, tokens, logits, scores)
 
     def settle(self, prediction: Prediction, revealed: Tensor, columns: Tensor, context: Tensor, uniform: Tensor):
         """
         Predicts tokens that are `revealed` together, bool [batch, block_size], once more from left to right, each in a
         context with those before it, if a processor reads that; arguments as in `predict`.
         """
-        if not self.reads_context or revealed.sum(-1).amax() < 2:
+        num_kept = prediction.kept.shape[1]
+        if not self.reads_context or num_kept == 1 or revealed.sum(-1).amax() < 2:
             return
+        logits, scores = (part.view(len(columns), num_kept, -1) for part in (prediction.logits, prediction.scores))
         for index in range(1, columns.shape[1]):
-            chosen = revealed & (torch.arange(columns.shape[1], device=columns.device) == index)
-            if (which := chosen[prediction.candidates]).any():
+            is_chosen = prediction.is_candidate & (prediction.kept == index) & revealed[:, index, None]
+            if is_chosen.any():
                 known = torch.where(revealed, prediction.tokens, context.gather(1, columns))[:, :index]
                 known = context.scatter(1, columns[:, :index], known)
-                drawn = self.predict(prediction.logits[which], chosen, columns, known, uniform)
-                prediction.scores[which], prediction.tokens[chosen] = drawn.scores, drawn.tokens[chosen]
+                place = is_chosen.int().argmax(-1)
+                row = torch.arange(len(place), device=place.device)
+                chosen = is_chosen.any(-1, keepdim=True)
+                kept = torch.full_like(chosen, index, dtype=torch.long)
+                drawn = self.predict(logits[row, place], kept, chosen, columns, known, uniform)
+                scores[row, place] = torch.where(chosen, drawn.scores, scores[row, place])
+                tokens = prediction.tokens[:, index]
+                prediction.tokens[:, index] = torch.where(chosen[:, 0], drawn.tokens[:, index], tokens)
 
-    def _process(self, logits: Tensor, row: Tensor, column: Tensor, context: Tensor) -> Tensor:
-        """Runs the processors on the scores [rows, vocab] of the tokens at `column` of `row` of the context [rows]."""
-        # A row's text is as long as the whole context, and is copied for those alone that read it.
-        scores, no_text = logits.clone(), context.new_empty(len(row), 0)
+    def _process(self, logits: Tensor, is_candidate: Tensor, column: Tensor, context: Tensor | None) -> Tensor:
+        """
+        Runs the processors on the scores [rows * kept, vocab] of the tokens at `column` of the context, of which
+        those that are no candidates do not matter, both [rows, kept].
+        """
+
+        def repeated(text: Tensor) -> Tensor:
+            # As long as the whole context, and so copied for those alone that read it.
+            return text.repeat_interleave(column.shape[1], dim=0)
+
+        scores, no_text = logits.clone(), column.new_empty(column.numel(), 0)
         for processor in self.logits_processor:
             if ignores_context(processor):
                 scores = processor(no_text, scores)
             elif type(processor) in BIASES:
                 # It adds the bias of single tokens alone to an empty text.
                 scores, biases = processor(no_text, scores), processor.sequence_bias
-                scores = add_sequence_bias(scores, biases, context[row], column, self.mask_token_id)
+                scores = add_sequence_bias(scores, biases, repeated(context), column.flatten(), self.mask_token_id)
             elif type(processor) in N_GRAM_BANS:
-                text = context[row]
-                source = text if type(processor) is N_GRAM_BANS[0] else self.prompts[row]
-                scores = ban_n_grams(scores, processor.ngram_size, text, column, source, self.mask_token_id)
+                text = repeated(context)
+                source = text if type(processor) is N_GRAM_BANS[0] else repeated(self.prompts)
+                rule = (processor.ngram_size, text, column.flatten(), source, self.mask_token_id)
+                scores = ban_n_grams(scores, *rule)
+            elif reads_whole_context(processor):
+                scores = processor(repeated(context), scores)
             else:
-                scores = self._by_column(processor, scores, row, column, context)
+                scores = self._by_column(processor, scores, is_candidate, column, context)
         return scores
 
-    def _by_column(self, processor: LogitsProcessor, scores: Tensor, row: Tensor, column: Tensor, context: Tensor):
+    def _by_column(
+        self, processor: LogitsProcessor, scores: Tensor, is_candidate: Tensor, column: Tensor, context: Tensor
+    ) -> Tensor:
         """As `_process`; a processor that may read the tokens before, their number and the row has a whole column."""
         # What is repeated may also come after the token.
         reads_all = isinstance(processor, generation.RepetitionPenaltyLogitsProcessor)
-        processed = scores.clone()
-        for end in column.unique().tolist():
-            chosen = column == end
+        row = torch.arange(len(scores), device=column.device) // column.shape[1]
+        is_candidate, column, processed = is_candidate.flatten(), column.flatten(), scores.clone()
+        for end in column[is_candidate].unique().tolist():
+            chosen = is_candidate & (column == end)
             batch_scores = scores.new_zeros(len(context), scores.shape[1])
             batch_scores[row[chosen]] = scores[chosen]
             processed[chosen] = processor(context if reads_all else context[:, :end], batch_scores)[row[chosen]]

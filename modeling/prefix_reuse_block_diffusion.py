@@ -149,7 +149,7 @@ def match_cache(
         num_seen = text.most_columns_seen(window, block_size, num_stages) + (block_size if len(prefix) > 1 else 0)
         for layer in cache.layers:
             if isinstance(layer, WindowLayer):
-                layer.widen(num_seen)
+                layer.sliding_window = max(layer.sliding_window, num_seen + 1)
     num_columns = text.num_columns + num_stages * block_size
     for layer in cache.layers:
         if isinstance(layer, StaticLayer) and layer.max_cache_len < num_columns:

@@ -64,6 +64,7 @@ class Canvas:
         self.num_clean = (first_gap - self.first_column) // self.block_size * self.block_size
         self.first_gap = int(first_gap.min())
         self.block_offset = self.num_clean.new_zeros(1)
+        self._last_columns: tuple[int, Tensor] | None = None
 
     def start_new_block(self) -> None:
         """Begins a block right after each prompt, whose own blocks are counted from its end."""
@@ -74,21 +75,28 @@ class Canvas:
         """Real tokens of each prompt [batch]."""
         return self.prompt_width - self.first_column
 
-    def block_numbers(self, stage: int) -> list[int]:
-        """The number of each row's block, counted in the row's own positions."""
-        return (self.num_clean // self.block_size + stage).tolist()
-
     @property
     def num_stages(self) -> int:
         """Blocks from the first that has a token to fill to the last of the text, in the row that has the most."""
         num_unclean = int((self.prompt_length - self.num_clean).max()) + self.num_new
         return -(-num_unclean // self.block_size)
 
+    def most_to_fill(self) -> list[int]:
+        """Of each stage, how many tokens there are to fill in the row that has the most."""
+        num_stages = self.num_stages
+        columns = (self.first_column + self.num_clean)[:, None] + self.all_columns[: num_stages * self.block_size]
+        to_fill = self.to_fill.gather(1, columns.clamp(max=len(self.all_columns) - 1))
+        return to_fill.unflatten(1, (num_stages, -1)).sum(-1).amax(0).tolist()
+
     def columns(self, stage: int) -> Tensor:
-        """Columns of each row's block [batch, block_size]."""
+        """Columns of each row's block [batch, block_size]; those of the last stage asked for are kept."""
+        if self._last_columns is not None and self._last_columns[0] == stage:
+            return self._last_columns[1]
         start = self.first_column + self.num_clean + stage * self.block_size
         # Where other rows have a block more, a row that is complete reads the margin.
-        return (start[:, None] + self.all_columns[: self.block_size]).clamp(max=len(self.all_columns) - 1)
+        columns = (start[:, None] + self.all_columns[: self.block_size]).clamp(max=len(self.all_columns) - 1)
+        self._last_columns = stage, columns
+        return columns
 
     def context(self) -> Tensor:
         """The tokens as processors read them: padding as the mask token, which has no probability to be changed."""
@@ -98,6 +106,15 @@ class Canvas:
         """The id at each position of the rows, of which the first `num_clean` are clean [batch, width]."""
         columns = self.first_column[:, None] + self.all_columns[: int(self.num_clean.max())]
         return self.tokens.gather(1, columns.clamp(max=len(self.all_columns) - 1))
+
+
+def drop_after_eos(block: Tensor, masked: Tensor, may_end: Tensor, eos_token_id: Tensor) -> Tensor:
+    """
+    The `masked` positions of a `block` that still matter: none of a row once every token up to its first EOS is known,
+    where that `may_end` the row; all [batch, block_size].
+    """
+    is_eos = (block[..., None] == eos_token_id).any(-1) & may_end
+    return masked & ~(is_eos & (masked.long().cumsum(-1) == 0)).any(-1, keepdim=True)
 
 
 class RowProgress:
@@ -118,32 +135,52 @@ class RowProgress:
         may_end_apart = any(not isinstance(criterion, MaxLengthCriteria) for criterion in self.stopping_criteria)
         if self.pad_token_id is None and len(canvas.tokens) > 1 and may_end_apart:
             raise ValueError("`pad_token_id` must be set for rows that may end at different lengths, but got None.")
+        known = (MaxLengthCriteria, EosTokenCriteria)
+        self.knows_criteria = all(type(criterion) in known for criterion in self.stopping_criteria)
+        lengths = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+        self.num_allowed = min(canvas.num_new, *(length - canvas.prompt_width for length in lengths), canvas.num_new)
         eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
         self.eos_token_id = torch.cat([ids.flatten() for ids in eos]).to(canvas.tokens.device) if eos else None
 
-    def drop_after_eos(self, block: Tensor, columns: Tensor, masked: Tensor) -> Tensor:
-        """Masked positions that still matter: none of a row once every token up to its first EOS is known."""
-        if self.eos_token_id is None:
-            return masked
+    def may_end(self, columns: Tensor) -> Tensor | None:
+        """Where an EOS would end its row, bool, of `columns` [batch, block_size]; None where there is no EOS."""
         new_index = columns - self.canvas.prompt_width
-        is_new_eos = torch.isin(block, self.eos_token_id) & (new_index >= 0) & (new_index < self.canvas.num_new)
-        return masked & ~(is_new_eos & (masked.long().cumsum(-1) == 0)).any(-1, keepdim=True)
+        return None if self.eos_token_id is None else (new_index >= 0) & (new_index < self.canvas.num_new)
 
-    def finish_block(self, stage: int) -> None:
-        """Shows a finished block to the stopping criteria, one token after the other, and to the streamer."""
-        canvas = self.canvas
-        block_end = (canvas.columns(stage)[:, -1] + 1 - canvas.prompt_width).clamp(min=0, max=canvas.num_new)
-        generated_before = self.num_generated.clone()
+    def finish_block(self, stage: int) -> bool:
+        """Shows a finished block to the stopping criteria and to the streamer; returns whether a row goes on."""
+        canvas, columns = self.canvas, self.canvas.columns(stage)
+        if self.knows_criteria:
+            self._find_ends(canvas.tokens.gather(1, columns), columns - canvas.prompt_width)
+        else:
+            self._ask_criteria((columns[:, -1] + 1 - canvas.prompt_width).clamp(min=0, max=canvas.num_new))
+        num_unfinished = int(self.unfinished.sum())
+        if self.pad_token_id is not None and num_unfinished < len(self.unfinished):
+            canvas.tokens.masked_fill_(self.after_end(), self.pad_token_id)
+        if self.streamer is not None:
+            self._stream(columns[:, -1] + 1)
+        return num_unfinished > 0
+
+    def _find_ends(self, tokens: Tensor, index: Tensor) -> None:
+        """What the criteria of EOS and length say of a block, whose tokens are new ones of an `index`, all at once."""
+        is_last = index + 1 >= self.num_allowed
+        if self.eos_token_id is not None:
+            is_last = is_last | (tokens[..., None] == self.eos_token_id).any(-1)
+        is_new = self.unfinished[:, None] & (index >= self.num_generated[:, None]) & (index < self.canvas.num_new)
+        ends = is_last & is_new
+        # Later tokens of a row that ends are not part of it.
+        self.num_generated = self.num_generated + (is_new & (ends.long().cumsum(-1) - ends.long() == 0)).sum(-1)
+        self.unfinished = self.unfinished & ~ends.any(-1)
+
+    def _ask_criteria(self, block_end: Tensor) -> None:
+        """Asks the criteria after each token of a block; the new token after it has the index `block_end` [batch]."""
+        canvas, generated_before = self.canvas, self.num_generated.clone()
         for index in range(int(generated_before[self.unfinished].min()), int(block_end.max())):
             stops = self.stopping_criteria(canvas.tokens[:, : canvas.prompt_width + index + 1], None)
             # Later tokens of a row that ends are not part of it.
             reached = self.unfinished & (generated_before <= index) & (index < block_end)
             self.num_generated += reached
             self.unfinished &= ~(reached & (stops.to(reached.device) | (index + 1 == canvas.num_new)))
-        if self.pad_token_id is not None:
-            canvas.tokens.masked_fill_(self.after_end(), self.pad_token_id)
-        if self.streamer is not None:
-            self._stream(canvas.columns(stage)[:, -1] + 1)
 
     def _stream(self, block_end: Tensor) -> None:
         """Shows the columns that are known in every row; `block_end` [batch] comes after each row's finished block."""

@@ -13,8 +13,12 @@ class BlockNoise:
     whatever rows share the batch, and in a text that is continued. Without, torch's global generator draws them.
     """
 
+    # Generators of rows draw on the CPU; so many draws go to the device in one copy, for which the host waits.
+    num_ahead = 64
+
     def __init__(self, seeds: list[int] | None, blocks: list[int], shape: torch.Size, device: torch.device):
         self.shape, self.device, self.generators = shape, device, None
+        self._drawn: list[Tensor] = []
         if seeds is not None:
             # Numbers that differ for neighbouring seeds and blocks.
             self.generators = [generator_of(f"{seed} {block}") for seed, block in zip(seeds, blocks, strict=True)]
@@ -23,8 +27,12 @@ class BlockNoise:
         """Uniform on [0, 1), [batch, block_size]."""
         if self.generators is None:
             return torch.rand(self.shape, device=self.device)
-        rows = [torch.rand(self.shape[1], generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(self.device)
+        if not self._drawn:
+            # No block takes more than two draws and one for each of its tokens, but for samplers with steps of theirs.
+            sizes = min(self.shape[1] + 2, self.num_ahead), self.shape[1]
+            rows = [torch.rand(sizes, generator=generator) for generator in self.generators]
+            self._drawn = [*torch.stack(rows, dim=1).to(self.device).flip(0)]
+        return self._drawn.pop()
 
 
 class Sampler:
@@ -41,8 +49,15 @@ class Sampler:
     may_pause = False
     # Whether `remask` may ever mask something.
     may_remask = False
+    # The most candidates that a row has in one step; None: any number of them.
+    num_candidates: int | None = None
     # How much confidences may differ by rounding, as a share; that of the dtype of the logits before `reveal`.
     tolerance = torch.finfo(torch.float32).eps ** 0.5
+
+    def __init_subclass__(cls, **kwargs):
+        if "candidates" in vars(cls) and "num_candidates" not in vars(cls):
+            # What is said of the candidates of another class does not hold for those of its own.
+            cls.num_candidates = None
 
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
         """Called before the first step with the `masked` positions [batch, block_size] and the block's `noise`."""
@@ -51,6 +66,9 @@ class Sampler:
     def is_finished(self, masked: Tensor) -> bool:
         """Whether the block is done; `masked`, bool [batch, block_size], is what is left of it."""
         return not masked.any()
+
+    def num_steps(self, num_masked: int) -> int | None:
+        """How many steps may be taken of at most `num_masked` tokens before a look; None where predictions decide."""
 
     def candidates(self, masked: Tensor) -> Tensor:
         """The positions out of the `masked` ones, bool [batch, block_size], to predict now, of the same shape."""
@@ -90,11 +108,16 @@ class FirstHittingSampler(Sampler):
     sampler in the limit of infinitely many steps. With n tokens masked, the next time is p <- p u^(1/n), u uniform.
     """
 
+    num_candidates = 1
+
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
         super().start(masked, noise)
         # Uniform in random order is the order of uniform numbers.
         self._order, self._uniform = noise.uniform(), noise.uniform()
         self._mask_probability = torch.ones(masked.shape[0], device=masked.device)
+
+    def num_steps(self, num_masked: int) -> int:
+        return num_masked
 
     def candidates(self, masked: Tensor) -> Tensor:
         first = self._order.masked_fill(~masked, torch.inf).argmin(-1, keepdim=True)
@@ -175,6 +198,18 @@ class ConfidenceSampler(Sampler):
         self.tokens_per_step = tokens_per_step
         self.sub_block_size = sub_block_size
 
+    def start(self, masked: Tensor, noise: BlockNoise) -> None:
+        super().start(masked, noise)
+        if self.steps_left is not None:
+            # More steps than tokens reveal one at a time.
+            steps_left = min(self.steps_left, masked.shape[1])
+            self.steps_left = torch.full((), steps_left, dtype=torch.long, device=masked.device)
+
+    def num_steps(self, num_masked: int) -> int | None:
+        if self.confidence_threshold is not None or self.sub_block_size is not None:
+            return None
+        return -(-num_masked // self.tokens_per_step) if self.steps_left is None else min(self.steps_left, num_masked)
+
     def candidates(self, masked: Tensor) -> Tensor:
         if self.sub_block_size is None:
             return masked
@@ -186,9 +221,8 @@ class ConfidenceSampler(Sampler):
         num_masked = candidates.sum(-1, keepdim=True)
         number = num_masked.clamp(max=self.tokens_per_step)
         if self.confidence_threshold is None and self.steps_left is not None:
-            # More steps than tokens reveal one at a time.
-            number = -(-num_masked // max(min(self.steps_left, candidates.shape[-1]), 1))
-            self.steps_left -= 1
+            number = -(-num_masked // self.steps_left.clamp(min=1))
+            self.steps_left = self.steps_left - 1
         revealed = self.surest(confidence, number)
         if self.confidence_threshold is None:
             return revealed

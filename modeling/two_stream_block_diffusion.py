@@ -78,6 +78,8 @@ class TextBlocks:
     predicted: Tensor
     is_plain: bool
     shape: tuple[int, int]
+    # The host waits for the values that it reads.
+    reads_values = True
 
     @classmethod
     def of_batch(cls, config, input_ids, labels, attention_mask=None, position_ids=None, document_ids=None):
@@ -87,7 +89,7 @@ class TextBlocks:
         """
         check_shape("labels", labels, "input_ids", input_ids.shape)
         check_shape("attention_mask", attention_mask, "input_ids", input_ids.shape)
-        (batch_size, length), has_values = input_ids.shape, input_ids.device.type != "meta"
+        (batch_size, length), has_values = input_ids.shape, cls.reads_values and not input_ids.is_meta
         text = (attention_mask, position_ids, document_ids)
         position_ids, block_ids = positions_and_blocks(config, input_ids.shape, input_ids.device, text)
         predicted = labels != -100
@@ -107,7 +109,7 @@ class TextBlocks:
             )
         block = (block_starts(block_ids).long().cumsum(-1) - 1).expand(input_ids.shape)
         is_plain = all(given is None for given in text)
-        num_blocks = int(block.max()) + 1 if has_values and not is_plain else -(-length // config.block_size)
+        num_blocks = -(-length // config.block_size) if is_plain else int(block.max()) + 1 if has_values else length
         return cls(position_ids, block_ids, block, predicted, is_plain, (batch_size, num_blocks))
 
 

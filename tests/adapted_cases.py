@@ -11,10 +11,12 @@ import torch
 from conftest import DEVICE
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -71,6 +73,8 @@ ARCHITECTURES = {
     "olmo2": (Olmo2Config, {}),
     "gpt_neox": (GPTNeoXConfig, {}),
     "gpt2": (GPT2Config, None),
+    "granite": (GraniteConfig, {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+    "cohere": (CohereConfig, {"logit_scale": 0.25}),
 }
 # Gemma 2 bounds its attention scores, which sdpa can't.
 CASES = [(name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")]

@@ -39,8 +39,6 @@ REFUSED = [
     ("t5", {}, ENCODER),
     ("bart", {}, ENCODER),
     ("bart", {"is_encoder_decoder": False}, ENCODER),
-    ("granite", {"logits_scaling": 8.0}, "scales its logits"),
-    ("cohere", {"logit_scale": 0.0625}, "scales its logits"),
 ]
 
 
@@ -220,3 +218,12 @@ def test_infilling_of_a_first_token_is_refused_where_nothing_predicts_it():
     with pytest.raises(ValueError, match="`input_ids` must begin with a known token, since `shift_logits`"):
         adapt("llama").generate(ids, infill=True, **GREEDY)
     assert (adapt("llama", shift_logits=False).generate(ids, infill=True, **GREEDY) != MASK).all()
+
+
+def test_flash_attention_which_knows_no_masks_is_refused(tmp_path):
+    model = adapt("llama")
+    with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+        model.set_attn_implementation("flash_attention_2")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+        BlockDiffusionForMaskedLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")

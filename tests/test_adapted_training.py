@@ -172,3 +172,50 @@ def test_training_and_evaluation_by_labels_alone():
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     model.eval()
     assert model(input_ids=ids, labels=ids).loss == model(input_ids=ids, labels=ids).loss
+
+
+def router_loss(stock, scores):
+    """
+    Switch Transformer's loss (arXiv 2101.03961, Eq. 4 to 6) as the stock class has it, over the scores that a list of
+    [tokens, experts] for each layer holds.
+    """
+    num_experts, top_k = stock.config.num_experts, stock.config.num_experts_per_tok
+    probabilities = torch.cat(scores).softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k).indices, 1.0)
+    return num_experts * (chosen.mean(0) * probabilities.mean(0)).sum()
+
+
+def test_unevenly_used_experts_cost_as_in_the_stock_class():
+    fields = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    x_0, x_t, weights = noise(clean_block=1)
+    padding = torch.ones_like(x_0)
+    padding[1, 9:] = 0
+    labels = x_0.masked_fill(padding == 0, -100)
+    inputs = inputs_of(x_0, x_t, weights, attention_mask=padding) | {"labels": labels}
+    plain, balanced = (adapt("qwen3_moe", overrides=part).train() for part in ({}, fields))
+    difference = balanced(**inputs).loss - plain(**inputs).loss
+
+    # Routers that are asked one layer after the other, over all tokens of both streams but padding.
+    seen = []
+    for layer in plain.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    plain(input_ids=x_t, clean_input_ids=x_0, attention_mask=padding)
+    is_real = padding.repeat(1, 2).flatten().bool()
+    expected = router_loss(stock_model("qwen3_moe"), [scores[is_real] for scores in seen])
+    close(difference, 0.5 * expected)
+    # Asked for by the call; and what is reported as likelihood has no part of it.
+    close(plain(**inputs, output_router_logits=True).loss - plain(**inputs).loss, 0.001 * expected)
+    assert torch.equal(balanced.eval()(**inputs).loss, plain.eval()(**inputs).loss)
+
+
+def test_the_loss_of_experts_is_the_stock_classes_formula_and_reaches_the_routers():
+    fields = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    stock, ids = stock_model("qwen3_moe", **fields), random_ids(2, LENGTH)
+    outputs = stock(ids)
+    close(router_loss(stock, list(outputs.router_logits)), outputs.aux_loss)
+    gradients = {}
+    for name, part in (("plain", {}), ("balanced", fields)):
+        model = adapt("qwen3_moe", overrides=part).train()
+        model(**inputs_of(*noise())).loss.backward()
+        gradients[name] = model.model.layers[0].mlp.gate.weight.grad
+    assert not torch.allclose(gradients["plain"], gradients["balanced"], atol=1e-4)

@@ -352,8 +352,9 @@ class TestCost:
         for name in ("CHUNK_NUMEL", "CHUNK_NUMEL_ON_CPU"):
             monkeypatch.setattr(loss_block_diffusion, name, 20 * self.vocab_size)
         numel, _ = self.largest(self.model(), noise_interval=(1.0, 1.0))
-        # What is left are the weights and activations.
-        assert numel <= max(20 * self.vocab_size, self.vocab_size * 32)
+        # What is left are the weights and, on an accelerator, whose streams are whole, the scores of two heads.
+        scores = 0 if DEVICE.type == "cpu" else self.batch_size * 2 * (2 * self.length) ** 2
+        assert numel <= max(20 * self.vocab_size, self.vocab_size * 32, scores)
 
 
 class TestTokenNats:

@@ -150,7 +150,8 @@ class PieceScorer:
             read_at = torch.where(is_first, in_clean, read_at)[..., None].expand(len(states), -1, states.shape[-1])
             states = torch.cat([states, self.states], dim=1).gather(1, read_at)
         states = states[chosen(masked.flatten(1))]
-        nats = self.model.token_nats(states, self.labels[:, piece], masked.flatten(1))
+        targets = self.labels[:, piece].repeat(1, num_copies)[masked.flatten(1)]
+        nats = self.model.token_nats(states, targets)
         nelbo = torch.zeros(masked.shape, dtype=torch.float32, device=nats.device)
         return nelbo.masked_scatter(masked, weights[masked].float() * nats)
 

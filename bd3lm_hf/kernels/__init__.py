@@ -12,10 +12,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from . import cpu
+from . import compiled, cpu, cuda_graphs
+from .cpu_generation import MAX_PACKED_ROWS, MIN_PACKED_FORWARDS, using
 
 
-__all__ = ["attach", "detach", "detached", "is_attached"]
+__all__ = ["attach", "detach", "detached", "is_attached", "packed"]
 
 _LOCK = threading.RLock()
 # What was replaced: for each class and method the method itself, and what took its place.
@@ -34,7 +35,7 @@ def attach(model: nn.Module | None = None) -> None:
         ValueError: `model` has no class that kernels could be attached to, or its code is of another version.
     """
     with _LOCK:
-        missing = [part for part in cpu.replacements(_classes(model)) if part[:2] not in _REPLACED]
+        missing = [part for part in _replacements(model) if part[:2] not in _REPLACED]
         own = _classes(None)
         for cls, name, _ in missing:
             if cls is not own[cls.__name__] and _signature(cls, name) != _signature(own[cls.__name__], name):
@@ -59,7 +60,7 @@ def detach(model: nn.Module | None = None) -> None:
         ValueError: as in [`attach`].
     """
     with _LOCK:
-        for cls, name, _ in cpu.replacements(_classes(model)):
+        for cls, name, _ in _replacements(model):
             original, replacement = _REPLACED.pop((cls, name), (None, None))
             # What somebody else has put in its place since is theirs.
             if replacement is not None and cls.__dict__[name] is replacement:
@@ -76,7 +77,7 @@ def is_attached(model: nn.Module | None = None) -> bool:
     Raises:
         ValueError: as in [`attach`].
     """
-    return all((cls, name) in _REPLACED for cls, name, _ in cpu.replacements(_classes(model)))
+    return all((cls, name) in _REPLACED for cls, name, _ in _replacements(model))
 
 
 @contextmanager
@@ -97,6 +98,31 @@ def detached(model: nn.Module | None = None) -> Iterator[None]:
     finally:
         if was_attached:
             attach(model)
+
+
+@contextmanager
+def packed(model: nn.Module, num_rows: int) -> Iterator[None]:
+    """
+    A context in which a model on a CPU has the packed weights that each `generate` makes for itself, in this thread.
+
+    Args:
+        model: a block diffusion language model, whose weights stay as they are.
+        num_rows: tokens of a usual forward.
+
+    Raises:
+        ValueError: as in [`attach`].
+    """
+    is_packed = is_attached(model) and model.device.type == "cpu"
+    size = (min(num_rows, MAX_PACKED_ROWS), MIN_PACKED_FORWARDS)
+    with using(cpu.pack_weights(model, _classes(model), *size) if is_packed else None):
+        yield
+
+
+def _replacements(model: nn.Module | None) -> Iterator[tuple[type, str, Callable]]:
+    classes = _classes(model)
+    yield from cpu.replacements(classes)
+    yield from compiled.replacements(classes)
+    yield from cuda_graphs.replacements(classes)
 
 
 def _signature(cls: type, name: str) -> list[str]:

@@ -73,12 +73,11 @@ def token_nats(original: Callable) -> Callable:
     """`BlockDiffusionLMMixin.token_nats`."""
 
     @functools.wraps(original)
-    def _token_nats(self, hidden_states, labels, masked):
+    def _token_nats(self, hidden_states, targets):
         head = self.get_output_embeddings()
         is_taken = is_plain(hidden_states) and is_leaf(head, nn.Linear, hidden_states.dtype)
         if not is_taken or self.config._attn_implementation != "sdpa":
-            return original(self, hidden_states, labels, masked)
-        targets = labels.repeat(1, masked.shape[1] // labels.shape[1])[masked]
+            return original(self, hidden_states, targets)
         return cpu_loss.token_nats(hidden_states, targets, head, self.config.mask_token_id)
 
     return _token_nats

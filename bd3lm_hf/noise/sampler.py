@@ -32,12 +32,14 @@ class Noise:
         loss_weights: weight of each token in the loss, where it is masked; float32, of that shape.
         t: time of each block, [batch, copies, blocks]; NaN where the masked tokens were counted instead.
         timesteps: sigma of each token, for a time-conditioned model; otherwise None.
+        num_masked: of all tokens of `x_t`, where it was counted.
     """
 
     x_t: torch.Tensor
     loss_weights: torch.Tensor
     t: torch.Tensor
     timesteps: torch.Tensor | None
+    num_masked: int | None = None
 
     def inputs(self, x_0: torch.Tensor) -> dict[str, torch.Tensor]:
         """What [`BD3LMForMaskedLM.forward`] takes for this noise, beside the `labels`."""
@@ -176,7 +178,7 @@ class NoiseSampler:
             )
 
     def _on_device(self, config, x_0, blocks, masked, weights, t) -> Noise:
-        device = x_0.device
+        device, num_masked = x_0.device, int(masked.sum())
         masked, weights = (torch.from_numpy(array).to(device).flatten(1) for array in (masked, weights))
         t = torch.from_numpy(t).to(device)
         timesteps = None
@@ -187,7 +189,7 @@ class NoiseSampler:
         x_t = torch.where(masked, config.mask_token_id, x_0.repeat(1, self.num_copies))
         # Both weights of a complementary pair are parts of one estimate; other copies are averaged.
         num_estimates = 1 if self.complementary else self.num_copies
-        return Noise(x_t, weights / num_estimates, t, timesteps)
+        return Noise(x_t, weights / num_estimates, t, timesteps, num_masked)
 
 
 class _RowText:

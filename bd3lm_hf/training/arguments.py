@@ -44,6 +44,9 @@ class BD3LMTrainingArguments(TrainingArguments):
         ema_decay: Decay of the moving average of the weights, in [0, 1); 0 turns it off. Evaluation takes the average.
             It is saved with each checkpoint.
         export_ema: Leave the model with the averaged weights at the end of training, and save them by `save_model`.
+        torch_compile: On an accelerator None (the default) and True train by one static graph
+            (`bd3lm_hf.kernels.compiled`), with `torch_compile_backend` and `torch_compile_mode`; False does not. On a
+            CPU True compiles the model as Transformers does.
 
     Raises:
         ValueError: an argument outside its range, named with what it got and what it takes.
@@ -118,6 +121,11 @@ class BD3LMTrainingArguments(TrainingArguments):
     )
     ema_decay: float = field(default=0.9999, metadata={"help": "Decay of the weights' moving average; 0: none."})
     export_ema: bool = field(default=True, metadata={"help": "Leave the model with the averaged weights at the end."})
+    # Of three values, though None is no bool: for nothing else do command lines take a flag without a value.
+    torch_compile: bool = field(
+        default=None,
+        metadata={"help": "Compile the training step. (default: on an accelerator, as one static graph)"},
+    )
 
     def __post_init__(self):
         if self.greater_is_better is None:
@@ -127,7 +135,11 @@ class BD3LMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`gradient_accumulation_steps` must be at least 1, but got {self.gradient_accumulation_steps}."
             )
+        asked = self.torch_compile
         super().__post_init__()
+        if asked is not False and self.device.type != "cpu":
+            # Nothing that Transformers is to do.
+            self.torch_compile = None
         if self.noise_schedule is not None and self.noise_schedule not in NOISE_SCHEDULE_NAMES:
             raise ValueError(
                 f"`noise_schedule` must be one of {', '.join(NOISE_SCHEDULE_NAMES)}, but got {self.noise_schedule!r}."
@@ -164,6 +176,11 @@ class BD3LMTrainingArguments(TrainingArguments):
                     f"{getattr(self, name)}."
                 )
         self.block_size_schedule = _read_block_size_schedule(self.block_size_schedule)
+
+    @property
+    def compiles_step(self) -> bool:
+        """Whether training goes by the static graph of `bd3lm_hf.kernels.compiled`."""
+        return self.torch_compile is None and self.device.type != "cpu"
 
     @property
     def searches_noise_interval(self) -> bool:

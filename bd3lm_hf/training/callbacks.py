@@ -2,11 +2,13 @@
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from ..kernels.compiled import can_compile, compile_training, uncompile_training
 from ..noise.intervals import chosen_noise_intervals
 from .ema import AveragedWeights
 
@@ -45,6 +47,26 @@ class EMACallback(TrainerCallback):
                 self.weights.load(state.best_model_checkpoint)
             self.weights.copy_to_model()
         self.weights = None
+
+
+class CompiledStepCallback(TrainerCallback):
+    """
+    Trains by the static step of `bd3lm_hf.kernels.compiled`; after training the model is as it was.
+
+    A model in shards (FSDP2, DeepSpeed), whose weights are gathered and taken away again by hooks on its modules, runs
+    the same step uncompiled.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not can_compile(model):
+            logger.warning("The training step is not compiled: `bd3lm_hf.kernels` are not attached to the model.")
+            return
+        is_sharded = args.deepspeed is not None or any(isinstance(module, FSDPModule) for module in model.modules())
+        backend = None if is_sharded else args.torch_compile_backend or "inductor"
+        compile_training(model, backend, args.torch_compile_mode)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        uncompile_training(model)
 
 
 class MaskTokenCallback(TrainerCallback):

@@ -19,11 +19,12 @@ from ..data.tokenization import token_byte_counts
 from ..evaluation.block_losses import BlockLosses, block_statistics, predicted_blocks
 from ..evaluation.networks import is_block_diffusion, stock_config
 from ..hub.training_summary import SUMMARY_FILE, TrainingSummary
+from ..kernels.compiled import step_of
 from ..modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 from ..modeling.two_stream_block_diffusion import TextBlocks
 from ..noise.sampler import Noise, NoiseSampler
 from .arguments import BD3LMTrainingArguments
-from .callbacks import BlockSizeCallback, EMACallback, MaskTokenCallback, NoiseIntervalCallback
+from .callbacks import BlockSizeCallback, CompiledStepCallback, EMACallback, MaskTokenCallback, NoiseIntervalCallback
 from .checkpoints import own_class
 from .checks import check_dataset, check_eval_dataset, check_fsdp_plugin
 from .ema import check_saved_average
@@ -114,6 +115,7 @@ class BD3LMTrainer(ResumingMixin, PublishingMixin, Trainer):
             self.ema_callback,
             NoiseIntervalCallback() if args.searches_noise_interval else None,
             BlockSizeCallback(args.block_size_schedule) if args.block_size_schedule else None,
+            CompiledStepCallback() if args.compiles_step else None,
         ]
         for callback in filter(None, callbacks):
             self.add_callback(callback)
@@ -138,6 +140,13 @@ class BD3LMTrainer(ResumingMixin, PublishingMixin, Trainer):
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *args: Any, **kwargs: Any):
         """As `Trainer.hyperparameter_search`; the default objective is `eval_nelbo`, of the first evaluation set."""
         return super().hyperparameter_search(hp_space, compute_objective or first_nelbo, *args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`; accelerate compiles nothing where the training step is compiled."""
+        backend = self.args.torch_compile_backend
+        self.args.torch_compile_backend = None if self.args.compiles_step else backend
+        super().create_accelerator_and_postprocess()
+        self.args.torch_compile_backend = backend
 
     def _check_and_configure(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
@@ -219,6 +228,8 @@ class BD3LMTrainer(ResumingMixin, PublishingMixin, Trainer):
         inputs = {**inputs, **noise.inputs(inputs["input_ids"])}
         if self.args.autoregressive_loss_weight:
             inputs["autoregressive_loss_weight"] = self.args.autoregressive_loss_weight
+        if step_of(model) is not None:
+            inputs["num_masked"] = noise.num_masked
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
