@@ -8,13 +8,16 @@ CONSTRAINTS ?= constraints.txt
 # The lower bounds that setup.py declares: torch==2.11 transformers==5.17, say.
 OLDEST ?= $(shell sed -nE 's/^ *"(torch|transformers)>=([0-9.]+)",$$/\1==\2/p' setup.py)
 
+# Where `make gpu` writes.
+GPU_RESULTS ?= bd3lm-gpu
+
 # How many processes run the tests, each on one thread.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help test test-newest test-oldest test-gpu test-slow demo adapt-demo lint conformance docs clean
+.PHONY: help test test-newest test-oldest test-gpu test-slow gpu demo adapt-demo lint conformance docs clean
 
 help:
 	@echo 'make demo         train, save, reload and sample a small model on the Python standard library (5 minutes)'
@@ -24,6 +27,7 @@ help:
 	@echo 'make test-oldest  the test suite with the oldest supported torch and transformers, in an environment of its own'
 	@echo 'make test-slow    the tests that take minutes'
 	@echo 'make test-gpu     the tests that a GPU runs too, on a GPU, with the Python at hand ($$PYTHON) and nothing installed'
+	@echo 'make gpu          six minutes on a GPU: tests, speed and memory of both networks, into the folder $$GPU_RESULTS'
 	@echo 'make conformance  the model tests that Transformers runs on its own models'
 	@echo 'make lint         ruff'
 	@echo 'make docs         the documentation, into the folder site'
@@ -53,6 +57,12 @@ test-slow: $(INSTALLED)
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q --device cuda
 
+# As above; GPU_FLAGS='--skip tests adapted', say.
+gpu:
+	test -e bd3lm_hf/modeling || ln -s ../modeling bd3lm_hf/modeling
+	PYTHONPATH=. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(PYTHON) -m benchmarks.gpu --results $(GPU_RESULTS) $(GPU_FLAGS)
+
 demo: $(INSTALLED)
 	$(BIN)/bd3lm demo --overwrite
 
@@ -73,5 +83,5 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist site *.egg-info bd3lm-demo bd3lm-adapted bd3lm-trained .pytest_cache .ruff_cache tests/conformance/.cache
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist site *.egg-info bd3lm-demo bd3lm-adapted bd3lm-trained bd3lm-gpu .pytest_cache .ruff_cache tests/conformance/.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,6 +32,18 @@ class Size:
     batch_size: int
 
 
+# bfloat16 with float32 accumulation, dense matrices, in TFLOP/s, as the makers state it; the first that fits counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "GH200": 989,
+    "H200": 989,
+    "H100": 989,
+    "B200": 2250,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+}
 SIZES = {"small": Size(384, 6, 6, 8192, 512, 4), "large": Size(768, 12, 12, 50258, 1024, 1)}
 BLOCK_SIZE = 4
 
@@ -154,6 +166,12 @@ def machine(device: str = "cpu", dtype: str = "float32") -> str:
         ]
         model = names[0] if names else model
     return f"{torch.get_num_threads()} threads of {model}, {versions}"
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """What a GPU of this name could do in dense bfloat16, in TFLOP/s, if that is known."""
+    words = device_name.replace("-", " ").split()
+    return next((peak for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words)), None)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

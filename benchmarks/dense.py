@@ -13,13 +13,15 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
-from bd3lm_hf import BD3LMForMaskedLM
+from bd3lm_hf import BD3LMForMaskedLM, BlockDiffusionForMaskedLM
 from bd3lm_hf.modeling.diffusion_block_diffusion import NOISE_SCHEDULES, forward_process, sample_timesteps
 from bd3lm_hf.modeling.modeling_bd3lm import BD3LMDecoderLayer
 
 
 def dense_loss(
-    model: BD3LMForMaskedLM, x_0: torch.Tensor, linear: Callable = torch.nn.functional.linear
+    model: BD3LMForMaskedLM | BlockDiffusionForMaskedLM,
+    x_0: torch.Tensor,
+    linear: Callable = torch.nn.functional.linear,
 ) -> torch.Tensor:
     """
     The loss in nats per token of a text; every token but the first is predicted.
@@ -29,7 +31,7 @@ def dense_loss(
     Args:
         model: whose weights are taken.
         x_0: ids [batch, length].
-        linear: the linear map, as `torch.nn.functional.linear`.
+        linear: the linear map, as `torch.nn.functional.linear`; a stock network has its own.
     """
     config = model.config
     batch_size, length = x_0.shape
@@ -43,7 +45,10 @@ def dense_loss(
     is_masked = x_t == config.mask_token_id
 
     is_mask_token = torch.arange(config.vocab_size, device=x_0.device) == config.mask_token_id
-    logits = two_stream_logits(model, x_t, x_0, linear).float()
+    if isinstance(model, BD3LMForMaskedLM):
+        logits = two_stream_logits(model, x_t, x_0, linear).float()
+    else:
+        logits = stock_two_stream_logits(model, x_t, x_0).float()
     log_probs = logits.masked_fill(is_mask_token, -torch.inf).log_softmax(-1)
     # A revealed token is certain, whatever the network says.
     nats = -log_probs.gather(-1, x_0[..., None]).squeeze(-1)
@@ -80,6 +85,22 @@ def two_stream_logits(
         states = dense_layer(layer, states, condition, rotary, mask, project)
     shift, scale = project(model.model.adaln_modulation, condition).chunk(2, dim=-1)
     return project(model.lm_head, normed(model.model.norm, states[:, :length], shift, scale))
+
+
+def stock_two_stream_logits(model: BlockDiffusionForMaskedLM, x_t: torch.Tensor, x_0: torch.Tensor) -> torch.Tensor:
+    """
+    The same of a stock network, which is given the mask and the positions; predictions are read without a shift, as
+    the paper's network has it.
+    """
+    length = x_t.shape[1]
+    positions = torch.arange(length, device=x_t.device)
+    states = model.base_model(
+        input_ids=torch.cat([x_t, x_0], dim=1),
+        attention_mask=two_stream_mask(positions // model.config.block_size)[None, None],
+        position_ids=positions.repeat(2)[None],
+        use_cache=False,
+    ).last_hidden_state
+    return model.get_output_embeddings()(states[:, :length])
 
 
 def two_stream_mask(block: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ from .common import (
     make_bd3lm,
     make_gpt2,
     peak_memory_mib,
+    peak_tflops,
     print_own_peak_memory,
     print_table,
 )
@@ -52,8 +53,6 @@ NAMES = {
     "eager": "BD3-LM, `eager`",
     "gpt2": "GPT-2",
 }
-# bfloat16 with float32 accumulation, dense matrices, as the makers state it.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -110,13 +109,6 @@ def flops_per_token(name: str, size: Size) -> float:
     return 6 * (2 * projections + output_projection / 2) + 2 * attention
 
 
-def peak_tflops(arguments: argparse.Namespace) -> float | None:
-    if arguments.peak_tflops is not None or arguments.device == "cpu":
-        return arguments.peak_tflops
-    words = torch.cuda.get_device_name().replace("-", " ").split()
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in words), None)
-
-
 def print_memory(size: Size, arguments: argparse.Namespace) -> None:
     """For the fresh process of `peak_memory_mib`."""
     if arguments.memory_of_one_step:
@@ -137,7 +129,9 @@ def main() -> None:
     if arguments.memory_of_one_step or arguments.memory_of_imports:
         return print_memory(sizes[arguments.sizes[0]], arguments)
 
-    peak = peak_tflops(arguments)
+    peak = arguments.peak_tflops
+    if peak is None and arguments.device != "cpu":
+        peak = peak_tflops(torch.cuda.get_device_name())
     flags = ["--device", arguments.device, "--attn_implementation", arguments.attn_implementation]
     flags += ["--compile"] if arguments.compile else []
     print(f"Training on {machine(arguments.device, ' and '.join(arguments.dtype))}\n")

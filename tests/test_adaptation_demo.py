@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from adapted import byte_tokenizer, causal_lm
 
-from benchmarks.adaptation import arms, demo
+from benchmarks.adaptation import arms, costs, demo
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +37,20 @@ def test_the_comparison_goes_on_where_it_was(flags, tmp_path, capsys):
     assert (tmp_path / "arm-baseline-0.json").read_text(encoding="utf-8") == first
     table = capsys.readouterr().out
     assert "| uniform weights |" in table and "±" in table
+
+
+def test_speed_is_told_beside_its_bounds(flags, tmp_path, capsys):
+    assert costs.run_speed([*flags, "--output_dir", str(tmp_path), "--rounds", "1"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[-1].rstrip(" |") for row in rows] == ["at most", "---", "1.15", "2.2"]
+    assert all(float(ratio) > 0 for row in rows[2:] for ratio in row[2:4])
+
+
+@pytest.mark.slow
+def test_the_memory_of_qlora_is_that_of_a_process_of_its_own(flags, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    assert costs.run_qlora([*flags, "--output_dir", str(tmp_path), "--num_steps", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines[0].removeprefix("losses: ").split(", ")) == 2
+    peak, libraries = (float(cell) for cell in lines[-1].strip("| ").split(" | ")[:2])
+    assert 100 < libraries < peak < costs.MOST_MEMORY

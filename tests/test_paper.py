@@ -48,11 +48,13 @@ def test_an_experiment_runs_and_is_shown(name, written, tmp_path):
 
 
 def test_the_page_is_what_the_committed_results_make():
-    found = report.documents(RESULTS)
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(found)
+    found, on_gpu = (report.documents(RESULTS, scale) for scale in ("cpu", "gpu"))
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(found, on_gpu)
     for name, document in found.items():
         assert len(document["seeds"]) >= 3
         assert report.PAGE.with_suffix("").joinpath(f"{name}.png").exists()
+    for name in on_gpu:
+        assert report.PAGE.with_suffix("").joinpath(f"{name}_gpu.png").exists()
 
 
 def test_all_arms_of_a_seed_train_on_the_same_text_from_the_same_weights(text_file, tmp_path):

@@ -76,7 +76,7 @@ def read_samples(path: str, text_column: str = "text") -> list[str]:
         ValueError: if there is no such file or column, it cannot be read or is not UTF-8, or holds no sample.
     """
     from ..data.documents import load_documents
-    from ..data.tables import TABLE_FORMATS
+    from ..data.text_files import TABLE_FORMATS
 
     if not Path(path).is_file():
         raise ValueError(f"samples={path!r} is no file; it takes a text file or a table")

@@ -7,7 +7,8 @@ from pathlib import Path
 from datasets import Dataset, Features, IterableDataset, Value
 
 from .documents import column_names, load_documents, load_table, map_batches, require_text, select_text
-from .tables import TABLE_FORMATS, is_saved_dataset, load_saved_dataset, read_files, slice_rows
+from .tables import load_saved_dataset, read_files, slice_rows
+from .text_files import TABLE_FORMATS, is_saved_dataset
 
 
 Rules = tuple[tuple[str, str], ...]

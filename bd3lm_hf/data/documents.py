@@ -1,6 +1,5 @@
 """Text -> tokens -> packed sequences: corpora as tables in memory or on disk, or as streams."""
 
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,11 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .tables import TABLE_FORMATS, is_saved_dataset, load_saved_dataset, read_files
+from .tables import load_saved_dataset, read_files
+from .text_files import BUILTIN, PACKAGES, TABLE_FORMATS, find_text_files, is_saved_dataset, read_text_files
 
-
-BUILTIN = "builtin"
-# Tests are optional parts of an installation, and `encodings` is tables of code points rather than text.
-BUILTIN_EXCLUDED = {"dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"}
 
 # What a column of text may be to `datasets`; one of blanks alone has no type.
 TEXT_TYPES = ("string", "large_string", "string_view", "null")
@@ -87,6 +82,8 @@ def load_documents(
         source: One of
 
             - `"builtin"`: the source files of the Python standard library, one document each, in sorted order;
+            - `"packages"`: these and those of the installed packages that somebody wrote, each once, in a fixed order
+              that mixes them;
             - a file: plain UTF-8 text is one document; `.jsonl`, `.json`, `.csv` and `.parquet` hold one per row;
             - a folder: every `.txt`, `.md`, `.rst` or `.py` file below it is one document, in sorted order;
             - a folder that `save_to_disk` wrote, or the id of a dataset on the Hub: one document per row.
@@ -102,15 +99,9 @@ def load_documents(
         ValueError: if there is no such source, a file cannot be read or is not UTF-8, the column is missing or there
             is no text (for which a streamed table is not searched).
     """
-    path = Path(source).expanduser()
-    if source == BUILTIN:
-        return _read_text_files(_builtin_files(), source, streaming)
-    if path.is_dir() and not is_saved_dataset(path):
-        suffixes = {".md", ".py", ".rst", ".txt"}
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
-        return _read_text_files(files, source, streaming)
-    if path.is_file() and path.suffix not in TABLE_FORMATS:
-        return _read_text_files([path], source, streaming)
+    files = find_text_files(source)
+    if files is not None:
+        return _text_documents(files, source, streaming)
     table = load_table(source, split=split, dataset_config=dataset_config, streaming=streaming)
     return select_text(table, source, text_column)
 
@@ -139,7 +130,9 @@ def load_table(
             "a Hub dataset id"
         )
     if source.startswith((".", "/", "~")) or path.suffix in {*TABLE_FORMATS, ".txt"}:
-        raise ValueError(f"data={source!r} does not exist; it takes a file, a folder, a Hub dataset id or {BUILTIN!r}")
+        raise ValueError(
+            f"data={source!r} does not exist; it takes a file, a folder, a Hub dataset id, {BUILTIN!r} or {PACKAGES!r}"
+        )
     try:
         return datasets.load_dataset(source, dataset_config, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -149,20 +142,8 @@ def load_table(
         ) from error
 
 
-def _builtin_files() -> list[Path]:
-    library = Path(sysconfig.get_path("stdlib"))
-    return sorted(
-        file for file in library.rglob("*.py") if not BUILTIN_EXCLUDED.intersection(file.relative_to(library).parts)
-    )
-
-
-def _read_text_files(files: list[Path], source: str, streaming: bool) -> Dataset | IterableDataset:
-    texts = []
-    for file in tqdm(files, desc="Reading", unit=" files", disable=len(files) < 2):
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data={source!r}: {file} is not UTF-8 text: {error}") from error
+def _text_documents(files: list[Path], source: str, streaming: bool) -> Dataset | IterableDataset:
+    texts = read_text_files(files, source)
     documents = Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
     documents = require_text(documents, f"data={source!r}")
     return documents.to_iterable_dataset() if streaming else documents

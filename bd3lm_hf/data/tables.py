@@ -12,10 +12,6 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from huggingface_hub.errors import HTTPError
 
 
-# Files of these kinds hold one document per row; any other file is plain text.
-TABLE_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
 def read_files(
     builder: str, files: Sequence[Path | str], name: str, streaming: bool, **options: Any
 ) -> Dataset | IterableDataset:
@@ -49,11 +45,6 @@ def read_files(
         except pa.ArrowInvalid as error:
             raise ValueError(f"{where} is not UTF-8 text: {error}") from error
     return rows
-
-
-def is_saved_dataset(path: Path) -> bool:
-    """Whether `save_to_disk` of a `Dataset` or `DatasetDict` wrote this folder."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def load_saved_dataset(path: Path, split: str, streaming: bool = False) -> Dataset | IterableDataset:

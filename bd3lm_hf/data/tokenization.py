@@ -1,6 +1,6 @@
 """Tokenizers: training one, loading one with the special tokens that block diffusion needs, and what tokens hold."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +17,14 @@ MASK_TOKEN = "[MASK]"
 ENCODING_BATCH_SIZE = 1000
 
 
-def train_tokenizer(documents: "Dataset", vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: "Dataset | Sequence[str]", vocab_size: int) -> PreTrainedTokenizerFast:
     """
     Train a byte-level BPE tokenizer; its special tokens are `<s>`, `</s>`, `<pad>` and, with the last id, `[MASK]`.
 
     It puts `<s>` before a text by itself, so a prompt starts as the training sequences do, and an empty one is valid.
 
     Args:
-        documents: A dataset with the column `text`.
+        documents: Texts, or a dataset with the column `text`.
         vocab_size: Number of tokens, the special ones included. A small corpus can yield fewer.
 
     Raises:
@@ -44,7 +44,8 @@ def train_tokenizer(documents: "Dataset", vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=True
     )
-    tokenizer.train_from_iterator((text for text in documents["text"] if text), trainer=trainer, length=len(documents))
+    texts = documents if isinstance(documents, (list, tuple)) else documents["text"]
+    tokenizer.train_from_iterator((text for text in texts if text), trainer=trainer, length=len(documents))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos_token} $A", special_tokens=[(bos_token, tokenizer.token_to_id(bos_token))]
     )

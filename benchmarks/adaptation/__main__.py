@@ -1,11 +1,11 @@
-"""`python -m benchmarks.adaptation {demo,arms}`."""
+"""`python -m benchmarks.adaptation {demo,arms,speed,qlora}`."""
 
 import sys
 
-from . import arms, demo
+from . import arms, costs, demo
 
 
-PROGRAMS = {"demo": demo.run, "arms": arms.run}
+PROGRAMS = {"demo": demo.run, "arms": arms.run, "speed": costs.run_speed, "qlora": costs.run_qlora}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:

@@ -38,7 +38,7 @@ PASSES = ("two passes", "one dense two-stream pass", "one two-stream pass of the
 def step_seconds(bench: Workbench, model: BD3LMForMaskedLM) -> dict[str, float]:
     """Seconds of forward and backward passes over a training batch, by each formulation of the same loss."""
     config = model.config
-    rows = bench.train_sequences.select(range(bench.scale.batch_size))["input_ids"][:]
+    rows = bench.train_sequences.select(range(bench.scale.batch_size)).lists()
     x_0 = torch.tensor(rows, device=bench.device)
     t = sample_timesteps(len(x_0), -(-x_0.shape[1] // config.block_size), (0.5, 1.0), device=x_0.device)
     t = t.repeat_interleave(config.block_size, dim=1)[:, : x_0.shape[1]]

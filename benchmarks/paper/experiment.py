@@ -3,12 +3,11 @@
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
-import datasets
 import torch
 import transformers
 
@@ -21,6 +20,8 @@ from .workbench import Workbench, write_json
 RESULTS = Path(__file__).with_name("results")
 # A difference counts if it is this many standard errors from 0 and has one sign in all seeds.
 ENOUGH_ERRORS = 2
+# What results call the texts that have a name.
+DATA_NAMES = {"builtin": "the Python standard library", "packages": "the Python sources of the installed packages"}
 
 
 def over_seeds(values: Iterable[float]) -> dict:
@@ -63,6 +64,11 @@ def interval_name(interval: Sequence[float]) -> str:
     return "({:g}, {:g}]".format(*interval)
 
 
+def parts_of(arms: dict, parts: Collection[str] | None) -> dict:
+    """Those of an experiment's arms that are asked for by name, in their order; None asks for all."""
+    return arms if parts is None else {name: arm for name, arm in arms.items() if name in parts}
+
+
 def run(name: str, description: str, measure: Callable[[Workbench, Sequence[int]], dict], argv=None) -> None:
     """
     The command of an experiment.
@@ -72,49 +78,62 @@ def run(name: str, description: str, measure: Callable[[Workbench, Sequence[int]
         description: its docstring.
         measure: takes the workbench and the seeds, and returns the results.
     """
+    parser = experiment_parser(description)
+    parser.add_argument("--seeds", type=int, nargs="+", help="measure some of the seeds only, and write no JSON")
+    arguments = parser.parse_args(argv)
+    scale = SCALES[arguments.scale]
+    bench = Workbench(scale, arguments.data, arguments.output_dir, device(), arguments.torch_compile)
+    seeds = arguments.seeds or list(range(scale.num_seeds))
+    results = measure(bench, seeds)
+    if arguments.seeds:
+        return
+    path = arguments.results / f"{name}.{arguments.scale}.json"
+    measured = {"seeds": seeds, "seconds": bench.used_seconds, "results": results}
+    write_json(path, {"experiment": name, **circumstances(bench, arguments), **measured})
+    print(f"wrote {path}")
+
+
+def experiment_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that say what is trained on what, and where it is written."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument(
-        "--data", default="builtin", help="a text file, or `builtin`: the Python standard library's own source"
+        "--data",
+        default="builtin",
+        help="a text file or a folder of them, `builtin` (the Python standard library's own source), or `packages` "
+        "(that and the sources of the installed packages)",
     )
     parser.add_argument("--data_name", help="what the results call the text")
     parser.add_argument(
         "--output_dir", type=Path, default=Path("bd3lm-trained/paper"), help="where models and measurements are kept"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON is written")
-    parser.add_argument("--seeds", type=int, nargs="+", help="measure some of the seeds only, and write no JSON")
-    arguments = parser.parse_args(argv)
-
-    datasets.disable_progress_bars()
-    scale = SCALES[arguments.scale]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bench = Workbench(scale, arguments.data, arguments.output_dir, device)
-    seeds = arguments.seeds or list(range(scale.num_seeds))
-    results = measure(bench, seeds)
-    if arguments.seeds:
-        return
-    threads = torch.get_num_threads()
-    data_name = arguments.data_name or {"builtin": "the Python standard library"}.get(arguments.data, "a text file")
-    tokens = "bytes" if len(bench.tokenizer) <= 260 else f"{len(bench.tokenizer)} byte-level BPE tokens"
-    path = arguments.results / f"{name}.{arguments.scale}.json"
-    write_json(
-        path,
-        {
-            "experiment": name,
-            "scale": arguments.scale,
-            "settings": asdict(scale),
-            "data": f"{data_name}, {bench.num_bytes / 1e6:.1f} MB, {tokens}",
-            "machine": torch.cuda.get_device_name()
-            if device == "cuda"
-            else f"{os.cpu_count()} CPU cores, {threads} thread{'s' * (threads > 1)} a run",
-            "versions": {
-                "bd3lm_hf": bd3lm_hf.__version__,
-                "torch": torch.__version__.split("+")[0],
-                "transformers": transformers.__version__,
-            },
-            "seeds": seeds,
-            "seconds": bench.used_seconds,
-            "results": results,
-        },
+    parser.add_argument(
+        "--torch_compile",
+        action=argparse.BooleanOptionalAction,
+        help="whether training is compiled (default: as the trainer has it on the device)",
     )
-    print(f"wrote {path}")
+    return parser
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def circumstances(bench: Workbench, arguments: argparse.Namespace) -> dict:
+    """What a document of results says of how they were got."""
+    data_name = arguments.data_name or DATA_NAMES.get(arguments.data, "a text file")
+    tokens = "bytes" if len(bench.tokenizer) <= 260 else f"{len(bench.tokenizer)} byte-level BPE tokens"
+    threads = torch.get_num_threads()
+    cores = f"{os.cpu_count()} CPU cores, {threads} thread{'s' * (threads > 1)} a run"
+    return {
+        "scale": arguments.scale,
+        "settings": asdict(bench.scale),
+        "data": f"{data_name}, {bench.num_bytes / 1e6:.1f} MB, {tokens}",
+        "machine": cores if bench.device == "cpu" else torch.cuda.get_device_name(),
+        "versions": {
+            "bd3lm_hf": bd3lm_hf.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__,
+        },
+    }

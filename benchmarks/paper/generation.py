@@ -5,27 +5,28 @@ Samples have the training length and begin with BOS alone; EOS is a token like a
 autoregressive model that was trained on the same text with the same seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from bd3lm_hf import evaluate_likelihood
 from bd3lm_hf.evaluation.quality import sample_statistics
 
-from .experiment import cell, over_seeds, perplexity, run, table
+from .experiment import cell, over_seeds, parts_of, perplexity, run, table
 from .plots import save_figure
+from .scales import Scale
 from .workbench import AUTOREGRESSIVE, TUNED_BLOCK_SIZE_ONE, Arm, Workbench
 
 
 TITLE = "Samples: quality against forwards per token"
 
 
-def arms(length: int) -> dict[str, Arm]:
+def arms(scale: Scale) -> dict[str, Arm]:
     return {
         "1": TUNED_BLOCK_SIZE_ONE,
         "4": Arm(4, search=True),
         "16": Arm(16, search=True),
-        "length": Arm(length),
+        "length": Arm(scale.length),
     }
 
 
@@ -73,9 +74,9 @@ def sample(bench: Workbench, model, seed: int) -> dict:
     return found
 
 
-def measure(bench: Workbench, seeds: Sequence[int]) -> dict:
+def measure(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> dict:
     results = {}
-    for size, arm in arms(bench.scale.length).items():
+    for size, arm in parts_of(arms(bench.scale), parts).items():
         found = [
             bench.measured(arm, seed, "samples", lambda model, seed=seed: sample(bench, model, seed)) for seed in seeds
         ]

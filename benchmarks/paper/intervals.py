@@ -5,35 +5,39 @@ A model is trained under each interval. The variances of all of them are measure
 block size, the one that was trained with the search, and on the same batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from bd3lm_hf.modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 
-from .experiment import cell, interval_name, is_positive, over_seeds, paired, perplexity, run, table
+from .experiment import cell, interval_name, is_positive, over_seeds, paired, parts_of, perplexity, run, table
 from .noise import variances
 from .plots import save_figure
+from .scales import Scale
 from .workbench import Arm, Workbench
 
 
 TITLE = "Clipped intervals: variance against perplexity"
 INTERVALS = (FULL_NOISE_INTERVAL, (0.3, 0.8), (0.5, 1.0))
-BLOCK_SIZES = (4, 16)
 
 
-def measure(bench: Workbench, seeds: Sequence[int]) -> dict:
+def arms(scale: Scale) -> dict[str, Arm]:
+    """Those whose interval is searched for, one of each block size."""
+    return {"4": Arm(4, search=True), "16": Arm(16, search=True)}
+
+
+def measure(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> dict:
     results = {}
-    for block_size in BLOCK_SIZES:
-        searched = Arm(block_size, search=True)
-        arms = [Arm(block_size, noise_interval=interval) for interval in INTERVALS]
+    for name, searched in parts_of(arms(bench.scale), parts).items():
+        fixed = [Arm(searched.block_size, noise_interval=interval) for interval in INTERVALS]
         varied = [
             bench.measured(
-                searched, seed, "intervals", lambda model, arms=arms, seed=seed: variances(bench, model, arms, seed)
+                searched, seed, "intervals", lambda model, arms=fixed, seed=seed: variances(bench, model, arms, seed)
             )
             for seed in seeds
         ]
-        full = over_seeds(bench.record(arms[0], seed)["average"]["nelbo"] for seed in seeds)
+        full = over_seeds(bench.record(fixed[0], seed)["average"]["nelbo"] for seed in seeds)
         of_interval = {}
-        for arm in arms:
+        for arm in fixed:
             nelbo = over_seeds(bench.record(arm, seed)["average"]["nelbo"] for seed in seeds)
             of_interval[interval_name(arm.noise_interval)] = {
                 "nelbo": nelbo,
@@ -42,7 +46,7 @@ def measure(bench: Workbench, seeds: Sequence[int]) -> dict:
                 "gradient_variance": over_seeds(found[arm.name]["gradient"] for found in varied),
             }
         nelbo = over_seeds(bench.record(searched, seed)["average"]["nelbo"] for seed in seeds)
-        results[str(block_size)] = {
+        results[name] = {
             "intervals": of_interval,
             "search": {
                 "nelbo": nelbo,

@@ -10,7 +10,7 @@ Models trained at length L read and write 8 L tokens, in three ways:
 Block size = length is left out: no block sees another there, so its length is its context.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,18 +20,22 @@ from bd3lm_hf import BD3LMDataCollator, evaluate_likelihood
 from bd3lm_hf.evaluation.estimators import BlockDiffusionScorer, DrawnNoise, ExactNoise
 from bd3lm_hf.evaluation.quality import sample_statistics
 
-from .experiment import cell, is_positive, over_seeds, paired, perplexity, run, table
+from .experiment import cell, is_positive, over_seeds, paired, parts_of, perplexity, run, table
 from .plots import save_figure
+from .scales import Scale
 from .workbench import AUTOREGRESSIVE, TUNED_BLOCK_SIZE_ONE, Arm, Workbench
 
 
 TITLE = "Past the training length"
-ARMS = {"1": TUNED_BLOCK_SIZE_ONE, "4": Arm(4, search=True), "16": Arm(16, search=True)}
 TIMES = 8
 WAYS = ("windows", "sliding", "widened")
 # Positions from a times the training length to b times.
 RANGES = ((0, 1), (1, 2), (2, 4), (4, 8))
 RANGE_NAMES = [f"{a}-{b} L" for a, b in RANGES]
+
+
+def arms(scale: Scale) -> dict[str, Arm]:
+    return {"1": TUNED_BLOCK_SIZE_ONE, "4": Arm(4, search=True), "16": Arm(16, search=True)}
 
 
 def of_ranges(per_position: Sequence[float | None], length: int) -> list[float]:
@@ -113,7 +117,7 @@ def lengths(bench: Workbench, model, seed: int) -> dict:
 
 
 def text_lengths(bench: Workbench) -> dict:
-    documents = bench.tokenizer(bench.documents["held_out"]["text"][:], add_special_tokens=False)["input_ids"]
+    documents = bench.tokenizer(bench.documents["held_out"], add_special_tokens=False)["input_ids"]
     limit, eos = TIMES * bench.scale.length, bench.tokenizer.eos_token_id
     return _lengths(bench, [(ids + [eos])[:limit] for ids in documents])
 
@@ -128,14 +132,14 @@ def _lengths(bench: Workbench, samples: Sequence[Sequence[int]]) -> dict:
     }
 
 
-def measure(bench: Workbench, seeds: Sequence[int]) -> dict:
+def measure(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> dict:
     measurements = {
         "long_likelihood": lambda model, seed: likelihood(bench, model),
         "long_samples": lambda model, seed: long_samples(bench, model, seed),
         "lengths": lambda model, seed: lengths(bench, model, seed),
     }
     likelihoods, samples, ends = {}, {}, {}
-    for size, arm in ARMS.items():
+    for size, arm in parts_of(arms(bench.scale), parts).items():
         read, written, ended = (
             [bench.measured(arm, seed, name, partial(take, seed=seed)) for seed in seeds]
             for name, take in measurements.items()
@@ -161,7 +165,7 @@ def measure(bench: Workbench, seeds: Sequence[int]) -> dict:
         "samples": samples,
         "text": {figure: _by_range([each[figure] for each in text]) for figure in ("nll", "entropy", "repetition")},
         "lengths": ends,
-        "text_lengths": text_lengths(bench),
+        "text_lengths": bench.measured(AUTOREGRESSIVE, seeds[0], "text_lengths", lambda _: text_lengths(bench)),
     }
 
 

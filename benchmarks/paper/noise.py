@@ -12,11 +12,11 @@ from .workbench import Arm, Workbench
 def variances(bench: Workbench, model, arms: Iterable[Arm], seed: int) -> dict:
     """Of each arm, by its name: `nelbo`, of a block's estimate, and `gradient`, of a training batch."""
     scale, tokenizer = bench.scale, bench.tokenizer
-    rows = bench.train_sequences.shuffle(seed=1000 + seed).select_columns("input_ids")
+    rows = bench.train_sequences.shuffled(seed=1000 + seed)
     collate = BD3LMDataCollator(tokenizer.pad_token_id)
     size = scale.batch_size
     batches = [
-        collate(list(rows.select(range(start, start + size))))
+        collate([rows[number] for number in range(start, start + size)])
         for start in range(0, min(scale.num_gradients * size, len(rows) - size + 1), size)
     ]
     found = {}

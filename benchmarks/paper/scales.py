@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 
 # What does not change how a model is trained, or its likelihood.
-MEASURING = ("num_gradients", "num_long_sequences", "num_samples", "num_seeds")
+MEASURING = ("num_gradients", "num_long_sequences", "num_samples")
+# Nor what is measured of one model.
+COVERING = ("num_seeds", "block_sizes")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Scale:
         num_samples: samples of a length, and of a text that ends.
         bf16: mixed precision.
         num_seeds: seeds 0, 1, ...
+        block_sizes: between 1 and the length, of the likelihoods.
     """
 
     max_bytes: int
@@ -50,6 +53,7 @@ class Scale:
     num_samples: int
     bf16: bool = False
     num_seeds: int = 3
+    block_sizes: tuple[int, ...] = (4, 8, 16)
 
 
 SCALES = {
@@ -95,26 +99,27 @@ SCALES = {
         num_long_sequences=64,
         num_samples=32,
     ),
-    # 36 million parameters beside the embeddings.
+    # 40 million parameters, 36 beside the embeddings; 26 million tokens for each arm, of which the base has half.
     "gpu": Scale(
-        max_bytes=100_000_000,
+        max_bytes=120_000_000,
         vocab_size=8192,
         length=512,
         hidden_size=512,
         num_layers=10,
         num_heads=8,
         batch_size=64,
-        num_base_steps=1000,
-        num_steps=5000,
+        num_base_steps=400,
+        num_steps=400,
         learning_rate=6e-4,
-        ema_decay=0.999,
+        ema_decay=0.99,
         num_sequences=512,
         num_search_sequences=128,
-        num_searches=10,
-        num_draws=4,
-        num_gradients=64,
+        num_searches=4,
+        num_draws=2,
+        num_gradients=16,
         num_long_sequences=64,
-        num_samples=64,
+        num_samples=32,
         bf16=True,
+        block_sizes=(4, 16),
     ),
 }

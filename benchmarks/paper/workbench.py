@@ -2,11 +2,12 @@
 What the experiments share: a text, models trained on it in one of several ways, and what was measured of them.
 
 Models and measurements are kept in a folder, under names that say all they depend on. So experiments share them, and
-a command that was killed goes on from what is done.
+a command that was killed goes on from what is done. The package `datasets` is not needed.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -16,13 +17,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -33,16 +34,18 @@ from bd3lm_hf import (
     BD3LMTrainer,
     BD3LMTrainingArguments,
     evaluate_likelihood,
-    load_documents,
-    pack_documents,
     train_tokenizer,
 )
-from bd3lm_hf.data.documents import draw_sequences, limit_bytes
 from bd3lm_hf.modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 from bd3lm_hf.noise.intervals import chosen_noise_intervals
 from bd3lm_hf.training.callbacks import EMACallback
 
-from .scales import MEASURING, Scale
+from .corpus import Sequences, drawn, first_bytes, packed, paragraphs, read_text, tokenized
+from .scales import COVERING, MEASURING, Scale
+
+
+# So much of the text trains the tokenizer, at most.
+TOKENIZER_BYTES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,21 @@ class KeptAverage(EMACallback):
         pass
 
 
+class OutOfTime(Exception):
+    """There is no time left for what this names."""
+
+
+class Deadline(TrainerCallback):
+    """Ends a training by `OutOfTime` when it is too late, by `time.monotonic`."""
+
+    def __init__(self, deadline: float, name: str):
+        self.deadline, self.name = deadline, name
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() > self.deadline:
+            raise OutOfTime(f"{self.name}, after {state.global_step} of {state.max_steps} steps")
+
+
 class Workbench:
     """
     Args:
@@ -97,49 +115,62 @@ class Workbench:
         data: What `load_documents` takes; its text is cut into documents at blank lines.
         folder: Where models and measurements are kept.
         device: Of training and measuring.
+        torch_compile: Whether training is compiled; by default as `BD3LMTrainer` has it on the device, and on an
+            accelerator for the autoregressive model too.
+        deadline: No training goes on, and nothing is begun, after this `time.monotonic`.
+        on_entry: Called after each record and measurement.
+
+    Attributes:
+        entries: The records and measurements that were asked for, by their names.
     """
 
-    def __init__(self, scale: Scale, data: str, folder: Path, device: str = "cpu"):
-        self.scale, self.device = scale, device
-        text = "\n\n".join(text for text in limit_bytes(load_documents(data), scale.max_bytes)["text"] if text)
+    def __init__(
+        self,
+        scale: Scale,
+        data: str,
+        folder: Path,
+        device: str = "cpu",
+        torch_compile: bool | None = None,
+        deadline: float = math.inf,
+        on_entry: Callable[[], object] = lambda: None,
+    ):
+        self.scale, self.device, self.torch_compile = scale, device, torch_compile
+        self.deadline, self.on_entry = deadline, on_entry
+        text = read_text(data, scale.max_bytes)
         self.num_bytes = len(text.encode())
         cut = text.rfind("\n\n", 0, round(len(text) * 0.9))
-        self.documents = {
-            name: self._paragraphs(part) for name, part in (("train", text[:cut]), ("held_out", text[cut:]))
-        }
-        self.tokenizer = train_tokenizer(self.documents["train"], scale.vocab_size)
-        training = {name: value for name, value in asdict(scale).items() if name not in MEASURING}
-        depends_on = json.dumps([training, text])
-        self._seconds: dict[Path, float] = {}
-        self.folder = folder / hashlib.sha256(depends_on.encode()).hexdigest()[:12]
-
-    @staticmethod
-    def _paragraphs(text: str) -> Dataset:
-        return Dataset.from_dict({"text": [part.strip("\n") for part in text.split("\n\n") if part.strip()]})
+        self.documents = {"train": paragraphs(text[:cut]), "held_out": paragraphs(text[cut:])}
+        self.tokenizer = train_tokenizer(first_bytes(self.documents["train"], TOKENIZER_BYTES), scale.vocab_size)
+        training = {name: value for name, value in asdict(scale).items() if name not in MEASURING + COVERING}
+        depends_on = hashlib.sha256(json.dumps(training).encode() + text.encode())
+        self.entries: dict[str, dict] = {}
+        self.folder = folder / depends_on.hexdigest()[:12]
 
     @cached_property
-    def train_sequences(self) -> Dataset:
-        return pack_documents(self.documents["train"], self.tokenizer, self.scale.length)
+    def train_sequences(self) -> Sequences:
+        return self._packed("train", self.scale.length)
 
     @cached_property
-    def _held_out(self) -> Dataset:
-        packed = pack_documents(self.documents["held_out"], self.tokenizer, self.scale.length)
-        return draw_sequences(packed, self.scale.num_sequences + self.scale.num_search_sequences)
+    def _held_out(self) -> Sequences:
+        sequences = self._packed("held_out", self.scale.length)
+        return drawn(sequences, self.scale.num_sequences + self.scale.num_search_sequences)
 
     @property
-    def search_sequences(self) -> Dataset:
+    def search_sequences(self) -> Sequences:
         return self._held_out.select(range(min(self.scale.num_search_sequences, len(self._held_out) // 2)))
 
     @cached_property
     def held_out_sequences(self) -> list[list[int]]:
         """Of the training length, for likelihoods."""
-        return self._held_out.select(range(len(self.search_sequences), len(self._held_out)))["input_ids"][:]
+        return self._held_out.select(range(len(self.search_sequences), len(self._held_out))).lists()
 
     @cached_property
     def long_sequences(self) -> list[list[int]]:
         """Of eight times the training length."""
-        packed = pack_documents(self.documents["held_out"], self.tokenizer, 8 * self.scale.length)
-        return draw_sequences(packed, self.scale.num_long_sequences)["input_ids"][:]
+        return drawn(self._packed("held_out", 8 * self.scale.length), self.scale.num_long_sequences).lists()
+
+    def _packed(self, split: str, length: int) -> Sequences:
+        return packed(tokenized(self.documents[split], self.tokenizer), length, self.tokenizer.bos_token_id)
 
     def trained(self, arm: Arm, seed: int):
         """The model with the averaged weights; trained if that was not done before."""
@@ -158,10 +189,11 @@ class Workbench:
 
     def measured(self, arm: Arm, seed: int, name: str, measure: Callable[..., dict]) -> dict:
         """What `measure` returns of the trained model, from the folder if it was measured before."""
-        sizes = "-".join(str(getattr(self.scale, size)) for size in MEASURING[:-1])
-        path = self._run_folder(arm, seed) / f"{name}-{sizes}.json"
+        path = self._run_folder(arm, seed) / f"{measurement_name(self.scale, name)}.json"
         if not path.exists():
             model = self.trained(arm, seed)
+            self._check_time(f"{name} of {arm.name}")
+            print(f"measuring {name} of {arm.name}, seed {seed}", flush=True)
             start = time.perf_counter()
             result = measure(model)
             write_json(path, {"seconds": time.perf_counter() - start, **result})
@@ -170,12 +202,17 @@ class Workbench:
     @property
     def used_seconds(self) -> float:
         """What everything that was asked for took, whenever that was."""
-        return sum(self._seconds.values())
+        return sum(entry["seconds"] for entry in self.entries.values())
 
     def _read(self, path: Path) -> dict:
-        content = json.loads(path.read_text())
-        self._seconds[path] = content["seconds"]
-        return content
+        name = path.relative_to(self.folder).with_suffix("").as_posix()
+        self.entries[name] = json.loads(path.read_text())
+        self.on_entry()
+        return self.entries[name]
+
+    def _check_time(self, name: str) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTime(name)
 
     def likelihood(self, model) -> dict:
         """NELBO of the held-out sequences in nats per token, with its error over sequences."""
@@ -190,32 +227,37 @@ class Workbench:
         return {name: getattr(found, name) for name in ("nelbo", "standard_error", "draw_standard_error")}
 
     def _run_folder(self, arm: Arm, seed: int) -> Path:
-        return self.folder / f"{arm.name}-seed{seed}"
+        return self.folder / run_name(arm, seed)
 
     def _train(self, arm: Arm, seed: int) -> None:
         """
-        Trains, and keeps the model and a record: `seconds`, the likelihoods of the averaged weights and of those
-        that the last step left, and the noise intervals that were chosen.
+        Trains, and keeps the model and a record: `seconds`, the noise intervals that were chosen and, of all but a
+        base, the likelihoods of the averaged weights and of those that the last step left.
         """
+        self._check_time(f"training {arm.name}")
         print(f"training {arm.name}, seed {seed}", flush=True)
         start = time.perf_counter()
+        # Compiled code is of one model, and only so much of it is kept for a function.
+        torch.compiler.reset()
         trainer = self._trainer(arm, seed)
         trainer.remove_callback(PrinterCallback)
         average = KeptAverage(self.scale.ema_decay, export=False)
         trainer.add_callback(average)
+        trainer.add_callback(Deadline(self.deadline, f"training {arm.name}"))
         trainer.train()
-        seconds = time.perf_counter() - start
-        model = trainer.model
-        last = self.likelihood(model)
-        average.weights.copy_to_model()
         record = {
-            "seconds": time.perf_counter() - start,
-            "training_seconds": seconds,
-            "num_parameters": model.num_parameters(),
-            "average": self.likelihood(model),
-            "last": last,
+            "training_seconds": time.perf_counter() - start,
+            "num_tokens": trainer.state.max_steps * self.scale.batch_size * self.scale.length,
+            "num_parameters": trainer.model.num_parameters(),
             "chosen": chosen_noise_intervals(trainer.state.log_history),
         }
+        model, is_scored = trainer.model, arm.stage != "base"
+        if is_scored:
+            record["last"] = self.likelihood(model)
+        average.weights.copy_to_model()
+        if is_scored:
+            record["average"] = self.likelihood(model)
+        record["seconds"] = time.perf_counter() - start
         folder = self._run_folder(arm, seed)
         unfinished = folder / f"unfinished-{os.getpid()}"
         model.save_pretrained(unfinished)
@@ -250,8 +292,10 @@ class Workbench:
         set_seed(seed)
         model = self._initial_model(arm, seed)
         if arm.block_size is None:
-            rows = rows.add_column("labels", rows["input_ids"][:])
-            return Trainer(model, TrainingArguments(**arguments), train_dataset=rows)
+            arguments["torch_compile"] = self.device != "cpu" if self.torch_compile is None else self.torch_compile
+            return Trainer(model, TrainingArguments(**arguments), train_dataset=rows.with_labels())
+        if self.torch_compile is not None:
+            arguments["torch_compile"] = self.torch_compile
         arguments |= {
             "noise_schedule": arm.noise_schedule,
             "noise_interval": list(arm.noise_interval),
@@ -269,17 +313,17 @@ class Workbench:
             eval_dataset=self.search_sequences,
         )
 
-    def _steps_of_text(self, arm: Arm, seed: int) -> Dataset:
+    def _steps_of_text(self, arm: Arm, seed: int) -> Sequences:
         """The sequences of all steps in their order: those of a seed are the same whatever is trained."""
         base, whole = (
             steps * self.scale.batch_size
             for steps in (self.scale.num_base_steps, self.scale.num_base_steps + self.scale.num_steps)
         )
         generator = torch.Generator().manual_seed(seed)
-        rows = self.train_sequences.select_columns("input_ids")
+        rows = self.train_sequences
         order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-whole // len(rows)))])
         start, end = {"base": (0, base), "continued": (base, whole), "whole": (0, whole)}[arm.stage]
-        return rows.select(order[start:end].tolist())
+        return rows.select(order[start:end].numpy())
 
     def _initial_model(self, arm: Arm, seed: int):
         if arm.stage != "continued":
@@ -326,6 +370,16 @@ class Workbench:
                 **ids,
             )
         )
+
+
+def run_name(arm: Arm, seed: int) -> str:
+    """What a training is called."""
+    return f"{arm.name}-seed{seed}"
+
+
+def measurement_name(scale: Scale, name: str) -> str:
+    """What a measurement of a trained model is called, with the sizes that it depends on."""
+    return "-".join([name, *(str(getattr(scale, size)) for size in MEASURING)])
 
 
 def write_json(path: Path, value: dict) -> None:
