@@ -1,0 +1,1 @@
+"""Ways to write text that stand beside the denoising loop of the models."""

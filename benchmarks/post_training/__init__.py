@@ -1,0 +1,1 @@
+"""What follows adaptation, measured on SmolLM2: distillation beside likelihood, and self-speculation."""
