@@ -9,6 +9,7 @@ TRL = ["trl>=1.15,<2"]
 EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
 APP = ["gradio>=6.31"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.21", "greenlet>=3.1"]
 LM_EVAL = ["lm-eval>=0.4.13"]
 # Downloads of 41, 3, 0.2 and 0.1 MB on Linux.
 QUANTIZERS = ["bitsandbytes>=0.50", "torchao>=0.18", "optimum-quanto>=0.2.7", "hqq>=0.2.8"]
@@ -16,7 +17,7 @@ QUANTIZERS = ["bitsandbytes>=0.50", "torchao>=0.18", "optimum-quanto>=0.2.7", "h
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2", "ruff>=0.14"]
 
 # The folders of `bd3lm_hf/`, in the order in which they may import each other.
-ROOMS = ("kernels", "data", "noise", "evaluation", "hub", "training", "app", "cli")
+ROOMS = ("kernels", "decoding", "data", "noise", "evaluation", "hub", "training", "serving", "app", "cli")
 
 setup(
     name="bd3lm-hf",
@@ -60,6 +61,7 @@ setup(
         "lm-eval": LM_EVAL,
         "plots": PLOTS,
         "app": APP,
+        "serve": SERVE,
         "quantizers": QUANTIZERS,
         "docs": DOCS,
         "gguf": ["gguf>=0.19"],
@@ -79,6 +81,10 @@ setup(
             *EVAL,
             *PLOTS,
             *APP,
+            *SERVE,
+            # Clients that the tests of the server ask with.
+            "httpx>=0.27",
+            "openai>=1.60",
             *LM_EVAL,
             *QUANTIZERS,
             *DOCS,

@@ -17,6 +17,7 @@ Block diffusion language models: train, evaluate, sample, publish and convert th
   bd3lm train      train a model on a text file, a folder, a Hub dataset or the built-in corpus
   bd3lm evaluate   perplexity and bits per byte of a text under a model
   bd3lm generate   continue prompts
+  bd3lm serve      answer many clients at once, by OpenAI's API
   bd3lm quality    perplexity under a judge, entropy, diversity and lengths of samples
   bd3lm push       publish a trained model on the Hub, with a model card
   bd3lm plot       a sample as it is denoised, the attention pattern, noise schedules, training curves
@@ -27,7 +28,20 @@ Block diffusion language models: train, evaluate, sample, publish and convert th
 
 `bd3lm COMMAND --help` explains a command, with examples."""
 
-COMMANDS = ("demo", "train", "evaluate", "generate", "quality", "push", "plot", "app", "convert", "adapt", "export")
+COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "generate",
+    "serve",
+    "quality",
+    "push",
+    "plot",
+    "app",
+    "convert",
+    "adapt",
+    "export",
+)
 
 
 # By the convention of shells: 128 and the number of the signal.

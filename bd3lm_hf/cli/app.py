@@ -1,11 +1,10 @@
 """`bd3lm app`."""
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .common import add_model_arguments, load_model, make_parser
+from .common import add_model_arguments, load_model, make_parser, port_number
 
 
 DESCRIPTION = """\
@@ -18,15 +17,13 @@ examples:
   bd3lm app bd3lm-demo --port 8080
   bd3lm app bd3lm-demo --space my-space"""
 
-LARGEST_PORT = 65535
-
 
 def run(argv: Sequence[str]) -> None:
     """`bd3lm app`."""
     parser = make_parser("app", DESCRIPTION)
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="Where to listen; 0.0.0.0 lets other machines in.")
-    parser.add_argument("--port", type=_port, help="(default: the first free one from 7860 on)")
+    parser.add_argument("--port", type=port_number, help="(default: the first free one from 7860 on)")
     parser.add_argument("--space", metavar="FOLDER", help="Write a Space into this new folder and start nothing.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a Space that lies in that folder.")
     args = parser.parse_args(argv)
@@ -54,10 +51,3 @@ def run(argv: Sequence[str]) -> None:
             time.sleep(0.2)
     finally:
         page.close()
-
-
-def _port(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if not 1 <= number <= LARGEST_PORT:
-        raise argparse.ArgumentTypeError(f"must be from 1 to {LARGEST_PORT}, but got {text!r}")
-    return number

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Two names of one flag.
 VERBOSE = ("--verbose", "--traceback")
+LARGEST_PORT = 65535
 # Arguments of `load_documents`, which owns their defaults, and what they are.
 SOURCE_OPTIONS = {
     "split": "The split of a Hub dataset, e.g. 'train[:10%%]'. (default: train)",
@@ -15,7 +16,8 @@ SOURCE_OPTIONS = {
 }
 DATA_HELP = (
     "a text file, a folder of them (.txt, .md, .rst, .py), a table (.jsonl, .json, .csv, .parquet), the id of a "
-    "dataset on the Hub, or `builtin`: the Python standard library's own source."
+    "dataset on the Hub, or the Python sources that are here: `builtin`, the standard library's, or `packages`, those "
+    "of installed packages as well."
 )
 
 
@@ -85,6 +87,14 @@ def choose_device(args: argparse.Namespace):
     if args.device is not None:
         return check_device(args.device)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def port_number(text: str) -> int:
+    """The port that a flag names."""
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= LARGEST_PORT:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {LARGEST_PORT}, but got {text!r}")
+    return number
 
 
 def check_output(path: str | None) -> None:
