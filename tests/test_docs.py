@@ -49,6 +49,7 @@ GIVEN = {
     "families": ("SDAR-1.7B-Chat", "my-adapted"),
     "harness": ("bd3lm-demo", "tasks"),
     "trl": ("my-model",),
+    "post_training": ("my-llama", "corpus.txt"),
 }
 # The optional packages of a page, as modules, and the extra that brings them.
 NEEDS = {
@@ -56,7 +57,9 @@ NEEDS = {
     "app": ("gradio", "app"),
     "harness": ("lm_eval", "lm-eval"),
     "plots": ("matplotlib", "plots"),
+    "serving": ("fastapi", "openai", "greenlet", "serve"),
     "trl": ("trl", "trl"),
+    "post_training": ("trl", "trl"),
     "quantization": ("bitsandbytes", "optimum.quanto", "hqq", "quantizers"),
 }
 HISTORY = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0, "eval_nelbo": 2.5}]
