@@ -6,7 +6,7 @@ from conftest import DEVICE
 from transformers import DynamicCache, LlamaConfig, Qwen3Config
 
 from bd3lm_hf import BD3LMGenerationConfig, BlockDiffusionConfig, BlockDiffusionForMaskedLM, ConfidenceSampler
-from bd3lm_hf.modeling.samplers_block_diffusion import SequentialSampler
+from bd3lm_hf.modeling.samplers_block_diffusion import BlockNoise, SequentialSampler
 
 
 MASK = 30
@@ -60,6 +60,7 @@ def test_left_to_right_takes_the_first_masked_tokens():
     assert step.confidence is None
     assert step.reveal(masked, None).tolist() == [[False, True, True, False, False, False]]
     halves = SequentialSampler(denoising_steps=2)
+    halves.start(masked, BlockNoise(None, [0], masked.shape, masked.device))
     first = halves.reveal(masked, None)
     assert first.tolist() == [[False, True, True, False, False, False]]
     assert halves.reveal(masked & ~first, None).tolist() == [[False, False, False, False, True, True]]
