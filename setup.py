@@ -5,7 +5,7 @@ from setuptools import setup
 
 PEFT = ["peft>=0.18"]
 # Its trainer is subclassed: older ones build the labels elsewhere, and version 2 takes arguments away.
-TRL = ["trl>=1.15,<2"]
+TRL = ["trl>=1.16,<2"]
 EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
 APP = ["gradio>=6.31"]

@@ -28,7 +28,7 @@ from ..common import print_own_peak_memory, print_table
 from .workbench import BLOCK_SIZE, LEARNING_RATE, LENGTH, Recipe, Workbench, workbench_parser
 
 
-# Issue 13, B6: per forward, per training step at equal text, and MiB.
+# Per forward, per training step at equal text, and MiB.
 MOST_PER_FORWARD, MOST_PER_STEP, MOST_MEMORY = 1.15, 2.2, 2048
 NUM_BLOCKS = 8
 # Of the process that `qlora` starts; glibc gives back what is freed, or its peak differs from run to run.

@@ -1,6 +1,5 @@
 """Measuring a line: what has to be done before (compiling, capturing), and the figures after that."""
 
-import importlib.util
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,14 +9,14 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bd3lm_hf.kernels.compiled import compile_training
+
 from ..common import peak_tflops
 from ..dense import dense_loss
 from .lines import Line
 from .networks import GpuSize, flops_per_token, make_model
 
 
-# Compiles the training step of block diffusion; without it the model is compiled as any other.
-TRAINING_STEP = "bd3lm_hf.kernels.compiled"
 # What the host does, as the profiler calls it.
 LAUNCHES = (
     "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaLaunchCooperativeKernel",
@@ -113,8 +112,8 @@ def make_loss(line: Line, model, device: str) -> Callable[[torch.Tensor], torch.
 
     if not line.is_fast or device != "cuda":
         return loss_of
-    if line.model == "block diffusion" and importlib.util.find_spec(TRAINING_STEP) is not None:
-        importlib.import_module(TRAINING_STEP).compile_training(model)
+    if line.model == "block diffusion":
+        compile_training(model)
         return loss_of
     return torch.compile(loss_of)
 
