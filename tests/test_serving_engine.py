@@ -130,6 +130,28 @@ def test_it_works_in_a_thread_of_its_own(model):
         engine.submit(ask([1])[0])
 
 
+@pytest.mark.parametrize("part", ["_drop_cancelled", "_forward", "_positions_of", "_begin"])
+def test_nobody_waits_for_an_engine_that_stopped(model, part, monkeypatch):
+    def broken(self, *arguments):
+        raise RuntimeError("a fault of the engine")
+
+    rng = random.Random(2)
+    asked = [ask(prompt(rng, 5), 12, seed) for seed in range(5)]
+    with Engine(model, EngineLimits(num_slots=3, max_length=64)) as engine:
+        engine.submit(asked[0][0])
+        wait_for_end(asked[0][1])
+        assert engine.is_alive
+        monkeypatch.setattr(Engine, part, broken)
+        engine.submit(*(request for request, _ in asked[1:]))
+        for _, events in asked[1:]:
+            wait_for_end(events)
+            assert isinstance(events[-1], Failed)
+        engine._thread.join(10)
+        assert not engine.is_alive
+        with pytest.raises(QueueFull):
+            engine.submit(ask([1])[0])
+
+
 def wait_for_end(events, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end:

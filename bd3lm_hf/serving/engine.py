@@ -175,20 +175,29 @@ class Engine:
             self._wake.notify_all()
 
     def _run(self) -> None:
-        num_rows = self.limits.num_slots * self.model.config.block_size
-        with torch.no_grad(), kernels.packed(self.model, num_rows):
-            while True:
-                with self._wake:
-                    while not (self._rows or self._waiting or self._is_closed):
-                        self._wake.wait()
-                    if self._is_closed:
-                        break
-                self.step()
+        num_rows, reason = self.limits.num_slots * self.model.config.block_size, "The engine is closed."
+        try:
+            with torch.no_grad(), kernels.packed(self.model, num_rows):
+                while self._is_wanted():
+                    self.step()
+        except Exception as error:
+            # A fault of the engine itself: nobody shall wait for what will not come.
+            logger.error("The engine stopped.", exc_info=error)
+            reason = "The engine stopped."
+        with self._wake:
+            self._is_closed = True
         for request in (*self._waiting, *(row.request for row in self._rows)):
-            request.tell(Failed(RuntimeError("The engine is closed."), is_refused=False))
+            request.tell(Failed(RuntimeError(reason), is_refused=False))
         for row in self._rows:
             row.cancel()
         self._rows, self._waiting = [], deque()
+
+    def _is_wanted(self) -> bool:
+        """Waits for requests; False once the engine is closed."""
+        with self._wake:
+            while not (self._rows or self._waiting or self._is_closed):
+                self._wake.wait()
+            return not self._is_closed
 
     def step(self) -> None:
         """Lets requests in and out, reads a piece of the long prompts, and runs a forward for all others."""
@@ -224,7 +233,11 @@ class Engine:
                 if self._rows and num_taken + self._positions_of(request) > self.limits.max_positions:
                     return
                 self._waiting.popleft()
-            self._begin(request)
+            try:
+                self._begin(request)
+            except Exception as error:
+                self._fail(request, error)
+                raise
 
     def _positions_of(self, request: Request) -> int:
         return len(request.input_ids) + request.max_new_tokens
