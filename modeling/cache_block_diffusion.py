@@ -20,7 +20,7 @@ class CommitCache(Cache):
 
     def __init__(self, cache: Cache, num_commit: int, seen: slice | None = None):
         self.__dict__.update(vars(cache))
-        self.cache, self.num_commit, self.seen, self.places = cache, num_commit, seen, None
+        self.cache, self.num_commit, self.seen = cache, num_commit, seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cache.get_seq_length(layer_idx)
@@ -42,20 +42,17 @@ class CommitCache(Cache):
             return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
         if isinstance(layer, StaticSlidingWindowLayer):
-            raise ValueError(
-                "`cache` must not have static sliding layers, but got some; take `StaticCache` or `DynamicCache`."
-            )
+            got = "some; take `StaticCache` or `DynamicCache`"
+            raise ValueError(f"`cache` must not have static sliding layers, but got {got}.")
         if isinstance(layer, StaticLayer):
             # The transient positions come after the committed ones, and the next write goes over them.
-            if type(layer) is StaticLayer and layer.is_initialized and not self.cache.offloading:
-                return self._write(layer, key_states, value_states, layer_idx)
             states = self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
             layer.cumulative_length.sub_(num_transient)
             return states
         if self.num_commit == 0 and (layer is None or not layer.is_initialized):
             return key_states, value_states
         if isinstance(layer, WindowLayer) and not self.cache.offloading:
-            return layer.read(key_states, value_states, self.num_commit)
+            return layer.update(key_states, value_states, num_commit=self.num_commit)
         sizes = (self.num_commit, num_transient)
         (keys, more_keys), (values, more_values) = (part.split(sizes, dim=-2) for part in (key_states, value_states))
         is_plain_layer = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
@@ -64,16 +61,6 @@ class CommitCache(Cache):
         else:
             keys, values = self.cache.update(keys, values, layer_idx, *args, **kwargs)
         return torch.cat([keys, more_keys], dim=-2), torch.cat([values, more_values], dim=-2)
-
-    def _write(self, layer: StaticLayer, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """As `StaticLayer.update`, at places that are computed once for all layers."""
-        if layer_idx == 0 or self.places is None:
-            self.places = torch.arange(keys.shape[-2], device=keys.device) + layer.cumulative_length
-        for held, states in ((layer.keys, keys), (layer.values, values)):
-            held.index_copy_(2, self.places.to(held.device), states)
-        if self.num_commit:
-            layer.cumulative_length.add_(self.num_commit)
-        return layer.keys, layer.values
 
 
 def read_whole_text(cache: Cache, max_cache_len: int = 0) -> None:
@@ -115,17 +102,13 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self.is_initialized = False
         self.cumulative_length = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.read(key_states, value_states, key_states.shape[-2])
-
-    def read(self, key_states: Tensor, value_states: Tensor, num_commit: int) -> tuple[Tensor, Tensor]:
-        """Everything held, then all positions given [batch, heads, length, head_dim], of which the first are kept."""
-        states = (key_states, value_states)
+    def update(self, key_states, value_states, *args, num_commit: int | None = None, **kwargs: Any) -> tuple:
+        """What is held, then what is given [batch, heads, length, head_dim]; the first `num_commit` of it are kept."""
+        states, num_commit = (key_states, value_states), key_states.shape[-2] if num_commit is None else num_commit
         if not self.is_initialized:
             self.lazy_initialization(*states)
             self.keys, self.values = (part[:, :, :0] for part in states)
-        num_held = self.keys.shape[-2]
-        pairs = [*zip((self.keys, self.values), states)]
+        num_held, pairs = self.keys.shape[-2], ((self.keys, key_states), (self.values, value_states))
         if torch.is_grad_enabled():
             # What is kept for a gradient must not be overwritten.
             full = tuple(torch.cat(pair, dim=-2) for pair in pairs)
@@ -136,11 +119,12 @@ class WindowLayer(DynamicSlidingWindowLayer):
             full = tuple(buffer[:, :, self._start : self._start + end] for buffer in self._buffers)
             for part, given in zip(full, states):
                 part[:, :, num_held:] = given
-        kept = slice(max(0, num_held + num_commit - self.sliding_window + 1), num_held + num_commit)
-        self.keys, self.values = (part[:, :, kept] for part in full)
-        self._start += kept.start
-        self._held = None if torch.is_grad_enabled() else self.keys
-        self.cumulative_length += num_commit
+        if num_commit:
+            kept = slice(max(0, num_held + num_commit - self.sliding_window + 1), num_held + num_commit)
+            self.keys, self.values = (part[:, :, kept] for part in full)
+            self._start += kept.start
+            self._held = None if torch.is_grad_enabled() else self.keys
+            self.cumulative_length += num_commit
         return full
 
     def _has_room(self, states: tuple[Tensor, Tensor], length: int) -> bool:

@@ -38,10 +38,9 @@ class BlockDiffusionConfigMixin:
         config = result[0] if isinstance(result, tuple) else result
         if wanted is not None and wanted != config.block_size:
             if "block_size" in config_dict or config.is_published_format:
-                raise ValueError(
-                    f"`block_size` must be {config.block_size}, which this checkpoint was trained for, but got "
-                    f"{wanted}. To train it further with other blocks, set `model.config.block_size` after loading."
-                )
+                rule = f"{config.block_size}, which this checkpoint was trained for"
+                advice = "To train it further with other blocks, set `model.config.block_size` after loading"
+                raise ValueError(f"`block_size` must be {rule}, but got {wanted}. {advice}.")
             config.block_size = wanted
         config.validate()
         return result
@@ -67,8 +66,8 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     """
     Configuration of [`BD3LMModel`] and [`BD3LMForMaskedLM`].
 
-    The field names of the published checkpoints are read as well (`hidden_dim`, `n_blocks`, `n_heads`, `model_length`,
-    `dropout`, `sampling_eps_min`, `sampling_eps_max`, `cross_attn`), so that their `config.json` loads as it is.
+    With the package bd3lm_hf the field names of the published checkpoints (`hidden_dim`, `n_blocks`, `n_heads`,
+    `model_length`, `dropout`, `sampling_eps_min`, `sampling_eps_max`, `cross_attn`) are read as well.
 
     Args:
         vocab_size: number of token ids, the mask token included.
@@ -97,6 +96,8 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     """
 
     model_type = "bd3lm"
+    # Sets fields that came under their published names, and takes these out of the arguments; of the package bd3lm-hf.
+    read_published_fields = None
     keys_to_ignore_at_inference = ["cache", "past_key_values", "token_nelbo"]
     attribute_map = PUBLISHED_FIELDS
     base_model_tp_plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"} | {
@@ -129,7 +130,11 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any):
-        self._read_published_fields(kwargs)
+        if self.read_published_fields is not None:
+            self.read_published_fields(kwargs)
+        elif "hidden_dim" in kwargs:
+            raise ValueError("`hidden_dim` must be `hidden_size`: the package bd3lm_hf reads published checkpoints.")
+        self.noise_interval = tuple(value) if isinstance(value := self.noise_interval, list) else value
         self._require_sizes("vocab_size", "hidden_size")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -137,30 +142,6 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
             self.mask_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)
         self.validate()
-
-    def _read_published_fields(self, kwargs: dict[str, Any]) -> None:
-        self.is_published_format = "hidden_dim" in kwargs
-        for published, field in PUBLISHED_FIELDS.items():
-            if published in kwargs:
-                setattr(self, field, kwargs.pop(published))
-        if kwargs.pop("causal", False):
-            raise ValueError(
-                "`causal` is true: this is the published autoregressive baseline, which is no diffusion model. "
-                "`causal` must be false; a BD3-LM of `block_size` 1 is the autoregressive model of this package."
-            )
-        # "mdlm" checkpoints are older than `cross_attn` and `block_size`.
-        if not kwargs.pop("cross_attn", kwargs.get("model_type") != "mdlm"):
-            self.block_size = self.max_position_embeddings
-        if "sampling_eps_min" in kwargs or "sampling_eps_max" in kwargs:
-            self.noise_interval = (kwargs.pop("sampling_eps_min", 1e-3), kwargs.pop("sampling_eps_max", 1.0))
-        self.noise_interval = tuple(value) if isinstance(value := self.noise_interval, list) else value
-        # Of the training run or of its machine; nothing here depends on them.
-        for unused in ("attn_backend", "var_min"):
-            kwargs.pop(unused, None)
-        if self.is_published_format:
-            # Their `config.json` asks for tuples in place of outputs, and for remote code that no longer loads.
-            self.return_dict, self.architectures = True, None
-            kwargs.pop("auto_map", None)
 
     @property
     def head_dim(self) -> int:
@@ -185,10 +166,9 @@ class BD3LMConfig(BlockDiffusionConfigMixin, PreTrainedConfig):
         divides = self.hidden_size % self.num_attention_heads == 0
         self._require(divides, "num_attention_heads", f"a divisor of `hidden_size` ({self.hidden_size})")
         if self.head_dim % 2:
-            raise ValueError(
-                "`hidden_size` / `num_attention_heads` must be even for the rotary embedding, but got "
-                f"{self.hidden_size} / {self.num_attention_heads} = {self.head_dim}."
-            )
+            got = f"{self.hidden_size} / {self.num_attention_heads} = {self.head_dim}"
+            rule = "even for the rotary embedding"
+            raise ValueError(f"`hidden_size` / `num_attention_heads` must be {rule}, but got {got}.")
         longest = self.max_position_embeddings
         self._require(self.block_size <= longest, "block_size", f"at most `max_position_embeddings` ({longest})")
         for field, kind in BD3LMConfig.__annotations__.items():
@@ -202,7 +182,5 @@ def validate_noise_interval(noise_interval: tuple[float, float]) -> None:
     """Raises a ValueError unless the `noise_interval` (beta, omega) has 0 <= beta <= omega <= 1 and omega > 0."""
     # beta = omega fixes t, which makes block size 1 autoregressive.
     if len(noise_interval) != 2 or not 0 <= noise_interval[0] <= noise_interval[1] <= 1 or noise_interval[1] == 0:
-        raise ValueError(
-            "`noise_interval` must be a pair (beta, omega) with 0 <= beta <= omega <= 1 and omega > 0, but got "
-            f"{tuple(noise_interval)}."
-        )
+        rule = "a pair (beta, omega) with 0 <= beta <= omega <= 1 and omega > 0"
+        raise ValueError(f"`noise_interval` must be {rule}, but got {tuple(noise_interval)}.")

@@ -1,26 +1,186 @@
 """Denoising the blocks of a text one after the other: the passes over the network, and a record of what they gave."""
 
-import itertools
+import copy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, StoppingCriteria
+from transformers.generation import StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .attention_block_diffusion import PADDING_BLOCK, MaskKind, Tokens, block_diffusion_mask, token_block_ids
 from .cache_block_diffusion import CommitCache
 from .diffusion_block_diffusion import sigma_from_mask_probability
-from .guidance_block_diffusion import Guidance
 from .prediction_block_diffusion import Prediction, TokenPredictor
 from .prefix_reuse_block_diffusion import CleanText, match_cache, sliding_cache
-from .progress_block_diffusion import Canvas, RowProgress, drop_after_eos
-from .samplers_block_diffusion import BlockNoise, Sampler
+from .samplers_block_diffusion import BlockNoise, FirstHittingSampler, Sampler
 from .two_stream_block_diffusion import flagged_first
 
 
 # Tokens that a forward reads, in whole blocks: enough for fast matrix products, and few enough for small masks.
 PIECE_SIZE = 512
+
+
+class EntropyStoppingCriteria(StoppingCriteria):
+    """
+    Ends a row whose last `window` tokens repeat themselves: as a distribution over ids they have less entropy than
+    `threshold`, in nats (arXiv 2503.09573, Sec. 6.2). `first_column` is that of each row's first real token [batch];
+    rows with fewer than `window` real tokens go on.
+    """
+
+    def __init__(self, threshold: float, window: int, first_column: Tensor | None = None):
+        self.threshold, self.window, self.first_column = threshold, window, first_column
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        length = input_ids.shape[1]
+        if length < self.window:
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        tokens = input_ids[:, -self.window :]
+        # Each token contributes its share of the entropy: - log(count / window) / window.
+        counts = (tokens[:, :, None] == tokens[:, None, :]).sum(-1)
+        entropy = -(counts / self.window).log().mean(-1)
+        long_enough = True if self.first_column is None else length - self.first_column >= self.window
+        return (entropy < self.threshold) & long_enough
+
+
+class Canvas:
+    """
+    The text under generation, and where each row's blocks lie in it: counted in the row's own positions, and so in a
+    left-padded batch in different columns. Stage k works on the k-th block from the first with a token to fill.
+
+    Attributes:
+        tokens: prompts, then one column per new token, masked until revealed, then a margin of masked columns.
+        to_fill: the gaps of the prompts and the new columns, bool, of the shape of `tokens`.
+        num_clean: tokens in the whole blocks of each prompt before its first gap [batch].
+        block_offset: what is added to positions before blocks are counted [batch or 1].
+        first_column: column of each row's position 0 [batch].
+        prompt_width: columns of the prompts, padding included.
+        num_new: columns to generate.
+        first_gap: the first column that is to be filled in any row.
+    """
+
+    def __init__(self, config, input_ids: Tensor, attention_mask: Tensor | None, gaps: Tensor, num_new: int):
+        self.block_size, self.mask_token_id, self.num_new = config.block_size, config.mask_token_id, num_new
+        batch_size, self.prompt_width = input_ids.shape
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.first_column = (mask == 0).sum(-1)
+        blank = input_ids.new_full((batch_size, num_new + self.block_size), self.mask_token_id)
+        self.tokens = torch.cat([input_ids, blank], dim=1)
+        self.all_columns = torch.arange(self.tokens.shape[1], device=input_ids.device)
+        self.to_fill = torch.cat([gaps, torch.ones_like(blank, dtype=torch.bool)], dim=1)
+        self.to_fill[:, self.prompt_width + num_new :] = False
+        # Where nothing is to be filled, all of the prompt comes before it.
+        first_gap = torch.cat([gaps, torch.ones_like(gaps[:, :1])], dim=1).int().argmax(-1)
+        self.num_clean = (first_gap - self.first_column) // self.block_size * self.block_size
+        self.first_gap = int(first_gap.min())
+        self.block_offset = self.num_clean.new_zeros(1)
+
+    def start_new_block(self) -> None:
+        """Begins a block right after each prompt, whose own blocks are counted from its end."""
+        self.num_clean, self.block_offset = self.prompt_length, -self.prompt_length % self.block_size
+
+    @property
+    def prompt_length(self) -> Tensor:
+        """Real tokens of each prompt [batch]."""
+        return self.prompt_width - self.first_column
+
+    @property
+    def num_stages(self) -> int:
+        """Blocks from the first that has a token to fill to the last of the text, in the row that has the most."""
+        num_unclean = int((self.prompt_length - self.num_clean).max()) + self.num_new
+        return -(-num_unclean // self.block_size)
+
+    def columns(self, stage: int) -> Tensor:
+        """Columns of each row's block [batch, block_size]."""
+        start = self.first_column + self.num_clean + stage * self.block_size
+        # Where other rows have a block more, a row that is complete reads the margin.
+        return (start[:, None] + self.all_columns[: self.block_size]).clamp(max=len(self.all_columns) - 1)
+
+    def context(self) -> Tensor:
+        """The tokens as processors read them: padding as the mask token, which has no probability to be changed."""
+        return self.tokens.masked_fill(self.all_columns < self.first_column[:, None], self.mask_token_id)
+
+    def clean_prefix(self) -> Tensor:
+        """The id at each position of the rows, of which the first `num_clean` are clean [batch, width]."""
+        columns = self.first_column[:, None] + self.all_columns[: int(self.num_clean.max())]
+        return self.tokens.gather(1, columns.clamp(max=len(self.all_columns) - 1))
+
+
+class RowProgress:
+    """How far each row of a canvas has come: what criteria and streamer are shown, and where rows end."""
+
+    def __init__(self, canvas: Canvas, generation_config, criteria: StoppingCriteriaList, streamer: Any):
+        self.canvas, self.streamer = canvas, streamer
+        self.pad_token_id = generation_config._pad_token_tensor
+        self.unfinished = torch.ones_like(canvas.num_clean, dtype=torch.bool)
+        self.num_generated = torch.zeros_like(canvas.num_clean)
+        self.num_streamed = canvas.first_gap
+        if streamer is not None:
+            streamer.put(canvas.tokens[:, : canvas.first_gap].cpu())
+        self.stopping_criteria = copy.copy(criteria)
+        if generation_config.entropy_stop_threshold is not None:
+            rule = (generation_config.entropy_stop_threshold, generation_config.entropy_stop_window)
+            self.stopping_criteria.append(EntropyStoppingCriteria(*rule, canvas.first_column))
+        may_end_apart = any(not isinstance(criterion, MaxLengthCriteria) for criterion in self.stopping_criteria)
+        if self.pad_token_id is None and len(canvas.tokens) > 1 and may_end_apart:
+            raise ValueError("`pad_token_id` must be set for rows that may end at different lengths, but got None.")
+        self.knows_all = all(type(part) in (MaxLengthCriteria, EosTokenCriteria) for part in self.stopping_criteria)
+        lengths = [criterion.max_length for criterion in criteria if isinstance(criterion, MaxLengthCriteria)]
+        self.num_allowed = min([canvas.num_new, *(length - canvas.prompt_width for length in lengths)])
+        eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
+        self.eos_token_id = torch.cat([ids.flatten() for ids in eos]).to(canvas.tokens.device) if eos else None
+
+    def finish_block(self, columns: Tensor) -> bool:
+        """Shows criteria and streamer the finished block at `columns` [batch, block_size]; whether a row goes on."""
+        canvas, index = self.canvas, columns - self.canvas.prompt_width
+        is_new = self.unfinished[:, None] & (index >= self.num_generated[:, None]) & (index < canvas.num_new)
+        ends = is_new & self._stops(columns, index)
+        # Later tokens of a row that ends are not part of it.
+        self.num_generated = self.num_generated + (is_new & (ends.long().cumsum(-1) - ends.long() == 0)).sum(-1)
+        self.unfinished = self.unfinished & ~ends.any(-1)
+        num_unfinished = int(self.unfinished.sum())
+        if self.pad_token_id is not None and num_unfinished < len(self.unfinished):
+            canvas.tokens.masked_fill_(self.after_end(), self.pad_token_id)
+        if self.streamer is not None:
+            self._stream(columns[:, -1] + 1)
+        return num_unfinished > 0
+
+    def _stops(self, columns: Tensor, index: Tensor) -> Tensor:
+        """Where a row ends, bool, by the criteria; `columns` hold the new tokens `index`, all [batch, block_size]."""
+        canvas, stops = self.canvas, index + 1 >= self.num_allowed
+        if self.knows_all:
+            block = canvas.tokens.gather(1, columns)
+            return stops if self.eos_token_id is None else stops | (block[..., None] == self.eos_token_id).any(-1)
+        # Others are shown one token after the other.
+        end = min(int(index[:, -1].max()) + 1, canvas.num_new)
+        for new in range(int(self.num_generated[self.unfinished].min()), end):
+            shown = canvas.tokens[:, : canvas.prompt_width + new + 1]
+            stops = stops | (index == new) & self.stopping_criteria(shown, None).to(stops.device)[:, None]
+        return stops
+
+    def _stream(self, block_end: Tensor) -> None:
+        """Shows the columns that are known in every row; `block_end` [batch] comes after each row's finished block."""
+        width = self.canvas.prompt_width
+        known = torch.where(self.unfinished, block_end, width + self.canvas.num_new)
+        ready = min(int(known.min()), width + int(self.num_generated.max()))
+        columns = self.canvas.tokens[:, self.num_streamed : ready].cpu()
+        self.num_streamed = ready
+        # One row at once, several column by column.
+        for tokens in columns if len(columns) == 1 else columns.unbind(1):
+            self.streamer.put(tokens)
+
+    def after_end(self) -> Tensor:
+        """The columns after the ends of rows, bool [batch, columns]."""
+        ends = self.canvas.prompt_width + self.num_generated[:, None]
+        return ~self.unfinished[:, None] & (self.canvas.all_columns >= ends)
+
+    def finish(self) -> Tensor:
+        """The sequences [batch, prompt width + generated], padded after the end of each row."""
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.canvas.tokens[:, : self.canvas.prompt_width + int(self.num_generated.max())]
 
 
 class GenerationRecord:
@@ -41,20 +201,14 @@ class GenerationRecord:
             self.reveal_steps = torch.zeros_like(canvas.tokens)
             self.token_probabilities = torch.full(canvas.tokens.shape, torch.nan, device=device)
 
-    @property
-    def keeps_vocabularies(self) -> bool:
-        """Whether it keeps scores or logits, of which there is a number for each token of the vocabulary."""
-        return self.scores is not None or self.logits is not None
-
     def note(self, prediction: Prediction, revealed: Tensor, columns: Tensor) -> None:
         """Counts a forward, and keeps what it gave at `columns`, of the `revealed` tokens too [batch, block_size]."""
         self.num_forward_passes = self.num_forward_passes + prediction.is_candidate.any(-1)
-        if self.keeps_vocabularies:
-            index = columns.gather(1, prediction.kept) - self.prompt_width
-            row, place = (prediction.is_candidate & (index >= 0)).nonzero(as_tuple=True)
-            for kept, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
-                if kept is not None:
-                    kept[index[row, place], row] = values.view(*index.shape, -1)[row, place]
+        for record, values in ((self.scores, prediction.scores), (self.logits, prediction.logits)):
+            if record is not None:
+                index = columns.gather(1, prediction.kept) - self.prompt_width
+                row, place = (prediction.is_candidate & (index >= 0)).nonzero(as_tuple=True)
+                record[index[row, place], row] = values.view(*index.shape, -1)[row, place]
         if self.reveal_steps is not None:
             noted = (self.num_forward_passes[:, None], prediction.confidence("probability"))
             for record, values in zip((self.reveal_steps, self.token_probabilities), noted):
@@ -73,24 +227,13 @@ class GenerationRecord:
         return fields
 
 
-class NetworkPass(NamedTuple):
-    """
-    What passes over one block against the same cache of `num_cached` columns share: finished tokens to commit [rows,
-    num_clean], arguments of the network, and `seen` of [`CommitCache`].
-    """
-
-    clean: Tensor
-    inputs: dict[str, Any]
-    seen: slice | None
-    num_cached: int
-
-
 @dataclass
 class BlockTask:
     """
     One block of every row: its columns in the text, which of them to fill, their ids, which of these are masked, and
     where an EOS would end the row, all [batch, block_size]; and the text around it, if a processor reads that. A step
-    changes `block` and `masked`.
+    changes `block` and `masked`. Passes against the same `num_cached` columns share `inputs` of the network and the
+    `clean` tokens before the block that they commit [rows, num_clean].
     """
 
     columns: Tensor
@@ -101,7 +244,9 @@ class BlockTask:
     may_end: Tensor | None
     sampler: Sampler
     noise: BlockNoise
-    network_pass: NetworkPass | None = None
+    clean: Tensor | None = None
+    inputs: dict[str, Any] | None = None
+    num_cached: int | None = None
 
 
 class Denoiser:
@@ -115,12 +260,9 @@ class Denoiser:
     # Where the device is the host itself, looking costs nothing.
     waits_for = ("cpu",)
 
-    def __init__(
-        self, model, canvas: Canvas, generation_config, processors, cache: Cache | None, guidance: Guidance | None
-    ):
+    def __init__(self, model, canvas: Canvas, generation_config, processors, cache: Cache | None, guidance):
         self.model, self.canvas, self.cache, self.guidance = model, canvas, cache, guidance
-        self.generation_config = generation_config
-        self.config = config = model.config
+        self.generation_config, self.config, config = generation_config, model.config, model.config
         prompts = canvas.context()[:, : canvas.prompt_width]
         self.predictor = TokenPredictor(processors, generation_config.do_sample, config.mask_token_id, prompts)
         self.seeds = generation_config.row_seeds(canvas.tokens.shape[0])
@@ -141,78 +283,73 @@ class Denoiser:
         self.eos_token_id: Tensor | None = None
         self.first_logits: Tensor | None = None
         self._may_wait = canvas.tokens.device.type in self.waits_for
-        self._most_to_fill = [] if self._may_wait else canvas.most_to_fill()
         self._first_blocks = (canvas.num_clean // canvas.block_size).tolist()
 
-    def denoise_block(self, stage: int, progress: RowProgress) -> None:
-        """Reveals the tokens to fill in one block of every unfinished row."""
-        task, canvas = self.start_block(stage, progress), self.canvas
-        sampler = task.sampler
-        num_steps = None if self._may_wait else sampler.num_steps(self._most_to_fill[stage])
-        sampler.start(task.masked, task.noise)
-        for index in itertools.count():
-            if index >= (num_steps or 0) and sampler.is_finished(task.masked):
-                break
+    def denoise_block(self, stage: int, columns: Tensor, progress: RowProgress) -> None:
+        """Reveals the tokens to fill in one block of every unfinished row, at its `columns` [batch, block_size]."""
+        task = self._start_block(stage, columns, progress)
+        num_steps = 0 if self._may_wait else task.sampler.num_steps(int(task.masked.sum(-1).max()))
+        task.sampler.start(task.masked, task.noise)
+        while num_steps > 0 or not task.sampler.is_finished(task.masked):
+            num_steps -= 1
             self.take_step(task)
-            if hasattr(progress.streamer, "put_draft") or hasattr(progress.streamer, "put_reveal"):
-                canvas.tokens.scatter_(1, task.columns, task.block)
-                self._show(task.block, task.columns, progress.streamer)
-        canvas.tokens.scatter_(1, task.columns, task.block)
+            self._show(task, progress.streamer)
+        self.canvas.tokens.scatter_(1, columns, task.block)
         self.predictor.check()
 
-    def start_block(self, stage: int, progress: RowProgress) -> BlockTask:
+    def _start_block(self, stage: int, columns: Tensor, progress: RowProgress) -> BlockTask:
         """The task of the next block of each row, before its first step."""
-        canvas, columns = self.canvas, self.canvas.columns(stage)
+        canvas = self.canvas
         block, to_fill = canvas.tokens.gather(1, columns), canvas.to_fill.gather(1, columns)
-        masked = to_fill & progress.unfinished[:, None]
         sampler = self.generation_config.make_sampler(canvas.block_size, self.config.noise_schedule)
-        numbers = [first + stage for first in self._first_blocks]
-        noise = BlockNoise(self.seeds, numbers, block.shape, block.device)
+        noise = BlockNoise(self.seeds, [first + stage for first in self._first_blocks], block.shape, block.device)
         context = canvas.context() if self.predictor.reads_context else None
-        # An EOS that stays ends its row.
-        may_end = None if sampler.may_remask else progress.may_end(columns)
-        self.eos_token_id = progress.eos_token_id
+        self.eos_token_id, index, may_end = progress.eos_token_id, columns - canvas.prompt_width, None
+        if self.eos_token_id is not None and not sampler.may_remask:
+            # A new EOS that stays ends its row.
+            may_end = (index >= 0) & (index < canvas.num_new)
+        masked = to_fill & progress.unfinished[:, None]
         return BlockTask(columns, to_fill, block, masked, context, may_end, sampler, noise)
 
     def take_step(self, task: BlockTask) -> None:
         """One denoising step: what the host does for it, then [`step`]."""
-        task.network_pass = self._network_pass(task)
+        self.prepare_pass(task)
         self.step(task)
 
     def step(self, task: BlockTask) -> None:
         """One denoising step of at most one forward."""
-        sampler, block, masked = task.sampler, task.block, task.masked
+        sampler, masked = task.sampler, task.masked
         revealed = candidates = sampler.candidates(masked)
-        known = task.to_fill & ~masked
         # Drawn at every step: another row may be the reason that there is a forward.
         uniform = task.noise.uniform()
         if not sampler.may_pause or candidates.any():
-            kept, is_candidate = self._candidates_first(candidates, sampler.num_candidates)
+            kept, is_candidate = self._candidates_first(candidates, sampler)
             logits = self._logits(task, kept)
-            context = None if task.context is None else task.context.scatter(1, task.columns, block)
+            context = None if task.context is None else task.context.scatter(1, task.columns, task.block)
             place = (task.columns, context, uniform)
             prediction = self.predictor.predict(logits, kept, is_candidate, *place)
             confidence = None if sampler.confidence is None else prediction.confidence(sampler.confidence)
             revealed = sampler.reveal(candidates, confidence)
             self.predictor.settle(prediction, revealed, *place)
-            block = torch.where(revealed, prediction.tokens, block)
+            task.block = torch.where(revealed, prediction.tokens, task.block)
             self.record.note(prediction, revealed, task.columns)
-        masked = masked & ~revealed
-        remasked = sampler.remask(known)
+        task.masked = masked & ~revealed
         if sampler.may_remask:
-            masked = masked | remasked
-            block = block.masked_fill(remasked, self.config.mask_token_id)
+            remasked = sampler.remask(task.to_fill & ~masked)
+            task.masked = task.masked | remasked
+            task.block = task.block.masked_fill(remasked, self.config.mask_token_id)
         elif task.may_end is not None:
-            masked = drop_after_eos(block, masked, task.may_end, self.eos_token_id)
-        task.block, task.masked = block, masked
+            # Once all tokens up to an EOS are known, the others of the row do not matter.
+            is_end = (task.block[..., None] == self.eos_token_id).any(-1) & task.may_end
+            is_end = is_end & (task.masked.long().cumsum(-1) == 0)
+            task.masked = task.masked & ~is_end.any(-1, keepdim=True)
 
     def release(self) -> Cache | None:
         """The cache, of which the denoiser makes no use any more."""
         return self.cache
 
-    def append_block(self, stage: int) -> None:
-        """Hands the finished block, as it is in the text, to the next forward, which commits it."""
-        columns = self.canvas.columns(stage)
+    def append_block(self, columns: Tensor) -> None:
+        """Hands the finished block, at its `columns` of the text, to the next forward, which commits it."""
         self.text.append(*self._as_read(self.canvas.tokens.gather(1, columns), columns))
 
     def _as_read(self, block: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -221,32 +358,29 @@ class Denoiser:
             return block, None
         return self.guidance.with_unconditional_blocks(block, columns - self.canvas.prompt_width)
 
-    def _candidates_first(self, candidates: Tensor, num_candidates: int | None) -> tuple[Tensor, Tensor]:
+    def _candidates_first(self, candidates: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
         """Places of the block that hold all `candidates` [batch, block_size], and which do, both [batch, kept]."""
+        if type(sampler).candidates is FirstHittingSampler.candidates:
+            # One at most.
+            kept = candidates.view(torch.uint8).argmax(-1, keepdim=True)
+            return kept, candidates.gather(1, kept)
         if self._may_wait:
             return flagged_first(candidates)
-        if num_candidates == 1:
-            kept = candidates.int().argmax(-1, keepdim=True)
-            return kept, candidates.gather(1, kept)
         return torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates), candidates
 
-    def _network_pass(self, task: BlockTask) -> NetworkPass:
-        """The next pass over a block, which commits the clean tokens that are not cached."""
-        text, cache, last = self.text, self._read_all_but_last_piece(), task.network_pass
-        clean = text.pending
-        if last is not None and last.num_cached == text.num_cached:
-            inputs, seen = last.inputs, last.seen
-        else:
-            _, is_real = self._as_read(task.block, task.columns)
-            positions = torch.cat([text.positions, text.block_positions(is_real, task.block.shape[1])], dim=1)
-            is_plain = text.is_plain and is_real is None
-            inputs, seen = self._positions_and_mask(positions, cache, is_plain, task.block.shape[1])
-        inputs = inputs | {"cache": None if cache is None else CommitCache(cache, clean.shape[1], seen)}
-        return NetworkPass(clean, inputs, seen, text.num_cached)
+    def prepare_pass(self, task: BlockTask) -> None:
+        """Prepares the next pass over a block, which commits the clean tokens that are not cached."""
+        text, cache = self.text, self._read_all_but_last_piece()
+        if task.num_cached == text.num_cached and cache is self.cache:
+            return
+        _, is_real = self._as_read(task.block, task.columns)
+        positions = torch.cat([text.positions, text.block_positions(is_real, task.block.shape[1])], dim=1)
+        task.inputs = self._inputs(positions, cache, text.is_plain and is_real is None, task.block.shape[1])
+        task.clean, task.num_cached = text.pending, text.num_cached
 
     def _logits(self, task: BlockTask, kept: Tensor) -> Tensor:
         """Logits of the tokens at `kept` [batch, kept] of the block [batch * kept, vocab], float32."""
-        clean, inputs = task.network_pass.clean, dict(task.network_pass.inputs)
+        clean, inputs = task.clean, dict(task.inputs)
         block, _ = self._as_read(task.block, task.columns)
         num_clean, num_copies = clean.shape[1], len(block) // len(task.block)
         if self.config.time_conditioning:
@@ -255,17 +389,16 @@ class Denoiser:
             inputs["timesteps"] = torch.cat([sigma.new_zeros(clean.shape), sigma], dim=1)
         # The last clean token predicts the first of the block, and is read once.
         first_is_read = bool(self.config.shift_logits) and num_clean > 0
-        read = torch.nn.functional.pad(kept, (1, 0)) if first_is_read else kept
-        inputs["logits_to_keep"] = num_clean + read.repeat(num_copies, 1)
-        logits = self.model(input_ids=torch.cat([clean, block], dim=1), **inputs).logits
+        kept = kept if num_copies == 1 else kept.repeat(num_copies, 1)
+        inputs["logits_to_keep"] = num_clean + (torch.nn.functional.pad(kept, (1, 0)) if first_is_read else kept)
+        logits = self.model(input_ids=torch.cat([clean, block], dim=1) if num_clean else block, **inputs).logits
         # Without a cache the text before a block is computed anew at each forward.
         self.text.num_cached = 0 if self.cache is None else self.text.num_columns
         task.sampler.tolerance = torch.finfo(logits.dtype).eps ** 0.5
         if first_is_read:
             self.first_logits, logits = logits[:, :1], logits[:, 1:]
         elif self.first_logits is not None:
-            is_first = (kept == 0).repeat(num_copies, 1)[..., None]
-            logits = torch.where(is_first, self.first_logits, logits)
+            logits = torch.where((kept == 0)[..., None], self.first_logits, logits)
         logits = logits.flatten(0, 1).to(torch.float32, copy=True)
         return logits if self.guidance is None else self.guidance.combine(logits)
 
@@ -278,19 +411,13 @@ class Denoiser:
             # Whole blocks, as they are counted from the end of the text.
             size = self.piece_size - -num_left % self.config.block_size
             end = text.num_cached + size
-            inputs, seen = self._positions_and_mask(text.positions[:, :end], cache, text.is_plain)
-            inputs["cache"] = CommitCache(cache, size, seen)
+            inputs = self._inputs(text.positions[:, :end], cache, text.is_plain)
             self.model(input_ids=text.ids[:, text.num_cached : end], logits_to_keep=1, **inputs)
             text.num_cached = end
         return cache
 
-    def _positions_and_mask(
-        self, positions: Tensor, cache: Cache | None, is_plain: bool, num_noisy: int = 0
-    ) -> tuple[dict, slice | None]:
-        """
-        Positions and mask of `positions` [rows, columns] after the cached ones, of which the last `num_noisy` are a
-        block, and `seen` of [`CommitCache`].
-        """
+    def _inputs(self, positions: Tensor, cache: Cache | None, is_plain: bool, num_noisy: int = 0) -> dict[str, Any]:
+        """What a pass over `positions` [rows, columns] after the cached takes; all but `num_noisy` are committed."""
         config, num_cached, seen = self.config, self.text.num_cached, None
         positions = positions[:1] if is_plain else positions
         counted = positions + self.canvas.block_offset[: len(positions), None]
@@ -312,14 +439,16 @@ class Denoiser:
                 seen = slice(int(columns[0]), int(columns[-1]) + 1)
                 key = key.each(lambda ids: ids[:, seen])
         mask = block_diffusion_mask(query, key, MaskKind.of(config, self.model.dtype))
-        return {"position_ids": query.position_ids.clamp(min=0), "attention_mask": mask}, seen
+        view = None if cache is None else CommitCache(cache, num_queries - num_noisy, seen)
+        return {"position_ids": query.position_ids.clamp(min=0), "attention_mask": mask, "cache": view}
 
-    def _show(self, block: Tensor, columns: Tensor, streamer: Any) -> None:
+    def _show(self, task: BlockTask, streamer: Any) -> None:
         """Gives a streamer that takes them the tokens of an unfinished block."""
-        canvas, record = self.canvas, self.record
+        canvas, record, width = self.canvas, self.record, self.canvas.prompt_width + self.canvas.num_new
         if hasattr(streamer, "put_draft"):
-            is_shown = (columns >= canvas.first_gap) & (columns < canvas.prompt_width + canvas.num_new)
-            streamer.put_draft(block[is_shown].cpu())
+            is_shown = (task.columns >= canvas.first_gap) & (task.columns < width)
+            streamer.put_draft(task.block[is_shown].cpu())
         if hasattr(streamer, "put_reveal") and record.reveal_steps is not None:
+            canvas.tokens.scatter_(1, task.columns, task.block)
             shown = (canvas.tokens, record.reveal_steps, record.token_probabilities)
-            streamer.put_reveal(*(part[:, : canvas.prompt_width + canvas.num_new].cpu() for part in shown))
+            streamer.put_reveal(*(part[:, :width].cpu() for part in shown))

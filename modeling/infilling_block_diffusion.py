@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers import Pipeline
 
-from .generation_config_block_diffusion import BD3LMGenerationConfig
-
 
 TEXT_INFILLING = "text-infilling"
 # What Transformers reads in config.json, for `pipeline(TEXT_INFILLING, model=..., trust_remote_code=True)`.
@@ -138,7 +136,7 @@ class TextInfillingPipeline(Pipeline):
         if config is None:
             generate_kwargs.update(fixed)
         else:
-            config = copy.deepcopy(BD3LMGenerationConfig.from_generation_config(config))
+            config = copy.deepcopy(self.model.generation_config_class.from_generation_config(config))
             config.update(**fixed)
             generate_kwargs["generation_config"] = config
         input_ids, attention_mask = model_inputs["input_ids"], model_inputs["attention_mask"]

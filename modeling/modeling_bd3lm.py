@@ -17,10 +17,11 @@ from .generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGen
 from .network_block_diffusion import (
     BlockDiffusionLMMixin,
     BlockDiffusionPreTrainedMixin,
+    NetworkOutput,
+    accepts_past_key_values,
     check_one_input,
     prepare_denoising,
 )
-from .outputs_block_diffusion import NetworkOutput, accepts_past_key_values
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -191,23 +192,6 @@ class BD3LMPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
-        """
-        As `PreTrainedModel.from_pretrained`, `output_loading_info` included; with the package `bd3lm_hf` it reads the
-        published checkpoints as well. Raises a ValueError for one that lacks tensors of the model or has others.
-        """
-        kwargs["output_loading_info"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if model.config.is_published_format and (missing or unknown):
-            raise ValueError(
-                f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is a checkpoint in the published "
-                f"format whose tensors must be exactly those of the model, but it lacks {missing} and has the unknown "
-                f"{unknown}. Reading this format needs the package bd3lm_hf."
-            )
-        return (model, info) if output_loading_info else model
-
 
 class BD3LMModel(BD3LMPreTrainedModel):
     """The transformer of a `config`, without the output projection (arXiv 2503.09573)."""
@@ -252,10 +236,8 @@ class BD3LMModel(BD3LMPreTrainedModel):
             cache = DynamicCache(config=self.config)
         is_flex = self.config._attn_implementation == "flex_attention"
         if is_flex and hidden_states.requires_grad and hidden_states.device.type == "cpu":
-            raise ValueError(
-                "`attn_implementation` must be 'sdpa' or 'eager' to train on a CPU, but got 'flex_attention', which "
-                "has no backward pass there."
-            )
+            rule, got = "'sdpa' or 'eager' to train on a CPU", "'flex_attention', which has no backward pass there"
+            raise ValueError(f"`attn_implementation` must be {rule}, but got {got}.")
         text, dtype = (attention_mask, position_ids, document_ids), hidden_states.dtype
         position_ids, attention_mask = prepare_denoising(self.config, hidden_states, dtype, text, cache)
         condition = self.condition(timesteps, hidden_states.device)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
@@ -14,11 +14,13 @@ from .generation_block_diffusion import CACHE_NAME, BD3LMGenerationConfig, Block
 from .loss_block_diffusion import token_nats
 from .network_block_diffusion import (
     BlockDiffusionLMMixin,
+    BlockDiffusionOutput,
     BlockDiffusionPreTrainedMixin,
+    NetworkOutput,
+    accepts_past_key_values,
     check_one_input,
     prepare_denoising,
 )
-from .outputs_block_diffusion import BlockDiffusionOutput, NetworkOutput, accepts_past_key_values
 from .two_stream_block_diffusion import tokens_where
 
 
@@ -50,7 +52,7 @@ class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedMod
     }
 
     def _take_modules(self, stock: PreTrainedModel) -> None:
-        """Takes over the modules of a stock model, under their names, and what the class says of them."""
+        """Takes over the modules of a stock model, under their names, and what its class says of them."""
         self.base_model_prefix = stock.base_model_prefix
         names = [name for name, module in stock.named_children() if module is stock.get_output_embeddings()]
         if len(names) != 1:
@@ -58,20 +60,24 @@ class BlockDiffusionPreTrainedModel(BlockDiffusionPreTrainedMixin, PreTrainedMod
         self._head_name = names[0]
         for name, module in stock.named_children():
             setattr(self, name, module)
-        for name in ("_tied_weights_keys", "_tp_plan", "_keys_to_ignore_on_load_unexpected"):
+        for name in ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected"):
             setattr(self, name, getattr(type(stock), name, None))
+        self.post_init()
+        # That of the head is the stock class's; `post_init` has found that of the network.
+        self._tp_plan = (getattr(type(stock), "_tp_plan", None) or {}) | self._tp_plan
 
     def _network(self, cache: Cache | None = None, use_cache: bool | None = None, **inputs: Any) -> Any:
         if inputs.pop("timesteps", None) is not None:
             raise ValueError("`timesteps` must be None for a network that is told no noise level, but got some.")
         limit, position_ids = self.config.max_position_embeddings, inputs["position_ids"]
         has_table = limit is not None and not hasattr(self.base_model, "rotary_emb")
-        has_values = not (position_ids.is_meta or torch.compiler.is_compiling())
-        if has_table and has_values and (largest := int(position_ids.max())) >= limit:
-            rule = f"below {limit}, for the network has learned so many positions"
-            raise ValueError(f"`position_ids` must be {rule}, but got {largest}.")
-        inputs.update({CACHE_NAME: cache, "use_cache": cache is not None})
-        return self.base_model(return_dict=True, **inputs)
+        if has_table and not (position_ids.is_meta or torch.compiler.is_compiling()):
+            # The host waits for values on a device: not where there are no more tokens than positions.
+            num_tokens = position_ids.shape[-1] + (0 if cache is None else cache.get_seq_length())
+            if (position_ids.is_cpu or num_tokens > limit) and (largest := int(position_ids.max())) >= limit:
+                rule = f"below {limit}, for the network has learned so many positions"
+                raise ValueError(f"`position_ids` must be {rule}, but got {largest}.")
+        return self.base_model(return_dict=True, use_cache=cache is not None, **{CACHE_NAME: cache}, **inputs)
 
 
 class BlockDiffusionModel(BlockDiffusionPreTrainedModel):
@@ -105,15 +111,13 @@ class BlockDiffusionModel(BlockDiffusionPreTrainedModel):
         of [`BlockDiffusionLMMixin.forward`].
         """
         check_one_input(input_ids, inputs_embeds)
-        if use_cache and cache is None:
-            cache = DynamicCache()
+        cache = DynamicCache() if use_cache and cache is None else cache
         given = input_ids if inputs_embeds is None else inputs_embeds
         text = (attention_mask, position_ids, document_ids)
         position_ids, attention_mask = prepare_denoising(self.config, given, self.dtype, text, cache)
         kwargs.update(position_ids=position_ids, attention_mask=attention_mask, cache=cache)
         outputs = self._network(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        seen = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
-        return NetworkOutput(last_hidden_state=outputs.last_hidden_state, cache=cache, **seen)
+        return NetworkOutput(outputs.last_hidden_state, cache, outputs.hidden_states, outputs.attentions)
 
 
 class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedModel, BlockDiffusionGenerationMixin):
@@ -129,7 +133,6 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__(config)
         self._take_modules(AutoModelForCausalLM.from_config(config.text_config))
-        self.post_init()
 
     @classmethod
     def from_causal_lm(
@@ -139,6 +142,7 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         mask_token_id: int | None = None,
         shift_logits: bool = True,
         clean_attention: str = "block",
+        mask_token: str | None = None,
         **kwargs: Any,
     ) -> "BlockDiffusionForMaskedLM":
         """
@@ -150,46 +154,48 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
             mask_token_id: an id that no text uses; by default a new one. Where the embeddings have no row for it, they
                 grow, and new rows start at the mean of the others.
             shift_logits, clean_attention: see [`BlockDiffusionConfig`].
+            mask_token: in place of the id, a token that the tokenizer of a named `model` has.
             kwargs: for `AutoModelForCausalLM.from_pretrained`, with a name.
 
         Raises:
             ValueError: the network is none that block diffusion can take, or an argument breaks its rule.
         """
+        if mask_token is not None:
+            is_named = mask_token_id is None and not isinstance(model, nn.Module)
+            vocabulary = AutoTokenizer.from_pretrained(model, **kwargs).get_vocab() if is_named else {}
+            if mask_token not in vocabulary:
+                raise ValueError(f"`mask_token` must be a token of a named `model`, but got {mask_token!r}.")
+            mask_token_id = vocabulary[mask_token]
         if not isinstance(model, nn.Module):
             model, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
             if info["missing_keys"]:
                 raise ValueError(f"`model` must be a whole checkpoint, but it lacks {sorted(info['missing_keys'])}.")
         elif kwargs:
             raise ValueError(f"`kwargs` are for a model that is loaded, but got {sorted(kwargs)} with a model.")
-        is_training = model.training
+        is_training, num_rows = model.training, model.get_input_embeddings().weight.shape[0]
         text_config, attention = model.config.get_text_config(decoder=True), model.config._attn_implementation
-        fields = {"shift_logits": shift_logits, "clean_attention": clean_attention, "dtype": model.dtype}
-        fields["block_size"] = block_size
+        fields = {"block_size": block_size, "shift_logits": shift_logits, "clean_attention": clean_attention}
         BlockDiffusionConfig(text_config=text_config, **fields)
-        num_rows = model.get_input_embeddings().weight.shape[0]
-        if mask_token_id is None:
-            mask_token_id = num_rows
+        mask_token_id = num_rows if mask_token_id is None else mask_token_id
         if mask_token_id >= num_rows:
             model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
             for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-                with torch.no_grad():
-                    part.weight[num_rows:] = part.weight[:num_rows].float().mean(0).to(part.weight.dtype)
+                part.weight.data[num_rows:] = part.weight.data[:num_rows].float().mean(0)
         # Where it lay is nothing to be published.
         text_config._name_or_path = ""
         config = BlockDiffusionConfig(text_config=text_config, mask_token_id=mask_token_id, **fields)
-        config._attn_implementation = attention
+        config._attn_implementation, config.dtype = attention, model.dtype
         with torch.device("meta"):
             adapted = cls(config)
         if not isinstance(model.base_model, type(adapted.base_model)):
             kind, given = (type(part.base_model).__name__ for part in (adapted, model))
             raise ValueError(f"`model` must have the network {kind}, of text alone and unwrapped, but got {given}.")
-        adapted._take_modules(model)
         # What says that the source was quantized or dispatched.
         kept = [name for name in vars(model) if name.startswith(("hf_", "is_loaded", "is_quantized", "quantization"))]
         vars(adapted).update({name: vars(model)[name] for name in kept})
         if "quantization_config" in vars(text_config):
             config.quantization_config = vars(text_config).pop("quantization_config")
-        adapted.post_init()
+        adapted._take_modules(model)
         if adapted.device.type != "meta" and attention != "flex_attention":
             adapted.eval()._check_network(model.eval())
         adapted.generation_config = BD3LMGenerationConfig.from_generation_config(model.generation_config)
@@ -238,13 +244,10 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         that of unevenly used experts, if the network's `output_router_logits` asks for it.
         """
         network, passes = self.config.text_config, []
-        asks = getattr(network, "output_router_logits", False)
-        balances = self.training and kwargs.get("output_router_logits", asks)
+        balances = self.training and kwargs.get("output_router_logits", getattr(network, "output_router_logits", None))
         if autoregressive_loss_weight and self.config.clean_attention != "causal":
-            raise ValueError(
-                "`autoregressive_loss_weight` takes a `clean_attention` of 'causal', but got "
-                f"{autoregressive_loss_weight} with {self.config.clean_attention!r}."
-            )
+            given = f"{autoregressive_loss_weight} with {self.config.clean_attention!r}"
+            raise ValueError(f"`autoregressive_loss_weight` takes a `clean_attention` of 'causal', but got {given}.")
         if num_items_in_batch is None:
             num_items_in_batch = blocks.predicted.sum().clamp(min=1)
         if autoregressive_loss_weight or balances:
@@ -266,12 +269,11 @@ class BlockDiffusionForMaskedLM(BlockDiffusionLMMixin, BlockDiffusionPreTrainedM
         return outputs
 
     def _two_stream_pass(self, x_t, x_0, blocks, timesteps, masked=None, passes=None, **kwargs: Any):
+        if passes is None:
+            return super()._two_stream_pass(x_t, x_0, blocks, timesteps, masked, **kwargs)
         # Next tokens and experts are those of all tokens.
-        masked = masked if passes is None else None
-        streams, outputs = super()._two_stream_pass(x_t, x_0, blocks, timesteps, masked, **kwargs)
-        if passes is not None:
-            passes.append((streams, outputs))
-        return streams, outputs
+        passes.append(super()._two_stream_pass(x_t, x_0, blocks, timesteps, **kwargs))
+        return passes[-1]
 
     def _logit_changes(self) -> dict[str, float]:
         """What the stock class does to its logits, by the name of the field that says so."""

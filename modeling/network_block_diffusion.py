@@ -11,14 +11,17 @@ The mask is data ([`block_diffusion_mask`]) and passes through untouched. The ne
 """
 
 import copy
+import functools
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing
 
 from .attention_block_diffusion import MaskKind, Tokens, block_diffusion_mask, denoising_tokens, without_masked
@@ -31,9 +34,7 @@ from .diffusion_block_diffusion import (
     sample_timesteps,
     sigma_from_mask_probability,
 )
-from .generation_config_block_diffusion import BD3LMGenerationConfig
 from .loss_block_diffusion import token_nats
-from .outputs_block_diffusion import BlockDiffusionOutput, accepts_past_key_values
 from .two_stream_block_diffusion import TextBlocks, TwoStreams, check_shape, positions_and_blocks, tokens_where
 
 
@@ -45,6 +46,106 @@ NO_NEXT_TOKEN_SCORES = (
     "bd3lm_hf.evaluation.harness --model bd3lm` for lm-evaluation-harness; to train, give `labels` to the model, or "
     "take `BD3LMTrainer` or `BD3LMSFTTrainer`."
 )
+
+
+def accepts_past_key_values(method: Callable) -> Callable:
+    """Lets a method that takes `cache` be called with `past_key_values`, its name before Transformers 5.24."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args: Any, **kwargs: Any):
+        if (past_key_values := kwargs.pop("past_key_values", None)) is not None:
+            if kwargs.get("cache") is not None:
+                raise ValueError("`cache` and `past_key_values` are one argument, but got both; give `cache`.")
+            kwargs["cache"] = past_key_values
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+class CacheOutput(ModelOutput):
+    """An output whose `cache` can be read as `past_key_values` too, its name before Transformers 5.24."""
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        return self.cache
+
+    def __getitem__(self, key):
+        return super().__getitem__("cache" if key == "past_key_values" else key)
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__("cache" if key == "past_key_values" else key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+
+@dataclass
+class NetworkOutput(CacheOutput):
+    """Output of a network: `last_hidden_state` [batch, length, hidden], and fields of [`BlockDiffusionOutput`]."""
+
+    last_hidden_state: Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BlockDiffusionOutput(CacheOutput):
+    """
+    Output of a block diffusion language model.
+
+    Args:
+        loss: sum of `token_nelbo` / number of predicted tokens, in nats per token; a scalar.
+        logits: raw scores of the token *at* each position [batch, length, vocab]; None where a loss was asked for.
+        cache: the cache, where one was given or asked for; also readable as `past_key_values`.
+        hidden_states: with `output_hidden_states`, the embeddings and the states after each layer.
+        attentions: with `output_attentions`, the attention weights of each layer.
+        token_nelbo: w(t) * -log x_theta of each masked token and 0 elsewhere, in nats [batch, length]; summed over the
+            noised copies of the text; differentiable.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    token_nelbo: Tensor | None = None
+
+    def __setitem__(self, key, value):
+        if key == "input_ids":
+            # `FillMaskPipeline` alone puts them here; it would fill a gap from earlier ones that are still open.
+            reason = "which takes the scores of one pass over all gaps for probabilities"
+            raise ValueError(f"`pipeline` must be asked for 'text-infilling' in place of 'fill-mask', {reason}.")
+        super().__setitem__(key, value)
+
+
+@dataclass
+class BD3LMGenerateOutput(CacheOutput):
+    """
+    Output of `generate(..., return_dict_in_generate=True)`.
+
+    Args:
+        sequences: prompts and generated tokens [batch, prompt length + generated length].
+        scores: with `output_scores`, for each generated column what its token was drawn from [batch, vocab].
+        logits: with `output_logits`, the same before the processors.
+        num_forward_passes: forwards in which the row had masked tokens [batch].
+        tokens_per_forward: generated tokens, up to the end of the row / `num_forward_passes` [batch].
+        reveal_steps: with `output_reveal`, which of the row's forwards revealed each token, from 1; 0 for given tokens
+            and padding, of the shape of `sequences`.
+        token_probabilities: with `output_reveal`, the model's probability of each token when it was revealed, before
+            the processors; NaN for given tokens and padding, of the shape of `sequences`.
+        cache: holds every block but the last; also readable as `past_key_values`. Given to `generate` again it spares
+            computing the blocks that the new prompts begin with, of any lengths in the rows of the batch.
+    """
+
+    sequences: torch.LongTensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    num_forward_passes: torch.LongTensor | None = None
+    tokens_per_forward: Tensor | None = None
+    reveal_steps: torch.LongTensor | None = None
+    token_probabilities: torch.FloatTensor | None = None
+    cache: Cache | None = None
 
 
 def prepare_denoising(config, given: Tensor, dtype: torch.dtype, text: tuple, cache: Cache | None) -> tuple:
@@ -63,10 +164,8 @@ def prepare_denoising(config, given: Tensor, dtype: torch.dtype, text: tuple, ca
         return position_ids, attention_mask
     expected_shape = (batch_size, cached_length + length)
     if attention_mask is not None and attention_mask.shape != expected_shape:
-        raise ValueError(
-            "`attention_mask` must be of shape [batch, cached + length] = "
-            f"{[int(size) for size in expected_shape]}, but got {list(attention_mask.shape)}."
-        )
+        rule = f"of shape [batch, cached + length] = {[int(size) for size in expected_shape]}"
+        raise ValueError(f"`attention_mask` must be {rule}, but got {list(attention_mask.shape)}.")
     if cache is None:
         position_ids, block_ids = positions_and_blocks(config, given.shape[:2], device, text)
         query = key = Tokens(block_ids, position_ids)
@@ -129,10 +228,8 @@ class BlockDiffusionPreTrainedMixin:
         """As `PreTrainedModel.resize_token_embeddings`; raises a ValueError if the mask token would be dropped."""
         multiple, mask_token_id = pad_to_multiple_of or 1, self.config.mask_token_id
         if new_num_tokens is not None and -(-new_num_tokens // multiple) * multiple <= mask_token_id:
-            raise ValueError(
-                f"`new_num_tokens` must be at least {mask_token_id + 1}, for the mask token to stay, whose id is "
-                f"`config.mask_token_id`, but got {new_num_tokens}."
-            )
+            rule = f"at least {mask_token_id + 1}, for the mask token to stay, whose id is `config.mask_token_id`"
+            raise ValueError(f"`new_num_tokens` must be {rule}, but got {new_num_tokens}.")
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +243,7 @@ class BlockDiffusionPreTrainedMixin:
         self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         if self.can_generate():
             # A plain one takes sampling arguments without `do_sample` for a mistake.
-            self.generation_config = BD3LMGenerationConfig.from_generation_config(self.generation_config)
+            self.generation_config = self.generation_config_class.from_generation_config(self.generation_config)
         # A checkpoint read in the published format is saved in this one.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -244,21 +341,17 @@ class BlockDiffusionLMMixin:
         clean_input_ids = as_int64("clean_input_ids", clean_input_ids)
         text = (attention_mask, position_ids, document_ids)
         if (labels is not None or clean_input_ids is not None) and (inputs_embeds is not None or cache is not None):
-            raise ValueError(
-                "`labels` and `clean_input_ids` go with `input_ids`, but got `inputs_embeds` or `cache` with them."
-            )
+            got = "`inputs_embeds` or `cache` with them"
+            raise ValueError(f"`labels` and `clean_input_ids` go with `input_ids`, but got {got}.")
         if labels is not None:
             x_0 = input_ids if clean_input_ids is None else clean_input_ids
             if clean_input_ids is None and (timesteps is not None or loss_weights is not None):
-                raise ValueError(
-                    "`labels` without `clean_input_ids` ask for noise to be drawn here, but got `timesteps` or "
-                    "`loss_weights`, which belong to noise drawn elsewhere."
-                )
+                got = "`timesteps` or `loss_weights`, which belong to noise drawn elsewhere"
+                raise ValueError(f"`labels` without `clean_input_ids` ask for noise to be drawn here, but got {got}.")
             if clean_input_ids is not None and (loss_weights is None or noise_interval is not None):
-                raise ValueError(
-                    "`labels` with `clean_input_ids` take noise drawn elsewhere, so `loss_weights` must be given and "
-                    f"`noise_interval` not, but got {type(loss_weights).__name__} and {noise_interval}."
-                )
+                rule = "noise drawn elsewhere, so `loss_weights` must be given and `noise_interval` not"
+                got = f"{type(loss_weights).__name__} and {noise_interval}"
+                raise ValueError(f"`labels` with `clean_input_ids` take {rule}, but got {got}.")
             blocks = self._text_blocks(x_0, labels, *text)
             given = clean_input_ids is not None and (input_ids, timesteps, loss_weights)
             noise = given or self._draw_noise(x_0, blocks, noise_interval, noise_seed)
@@ -285,11 +378,8 @@ class BlockDiffusionLMMixin:
         """Raw scores of the final hidden states [batch, kept, hidden] -> [batch, kept, vocab]."""
         return self.get_output_embeddings()(hidden_states)
 
-    def _network(self, timesteps: Tensor | None = None, **inputs: Any):
+    def _network(self, **inputs: Any):
         """Calls the network: the output has a `last_hidden_state` [batch, length, hidden]."""
-        # A stock decoder knows no noise level.
-        if timesteps is not None:
-            inputs["timesteps"] = timesteps
         return self.base_model(return_dict=True, **inputs)
 
     def _denoising_pass(self, input_ids, inputs_embeds, text, cache, timesteps, use_cache, **kwargs: Any):
@@ -313,10 +403,8 @@ class BlockDiffusionLMMixin:
         """[x_t ; x_0]: on a CPU without what the `masked` tokens do not depend on."""
         num_copies = x_t.shape[1] // x_0.shape[1] if x_0.shape[1] else 1
         if x_t.shape != (x_0.shape[0], num_copies * x_0.shape[1]):
-            raise ValueError(
-                "`clean_input_ids` must be of the shape of `input_ids`, or of each of the noised copies in it, "
-                f"but got {list(x_0.shape)} for {list(x_t.shape)}."
-            )
+            rule = "of the shape of `input_ids`, or of each of the noised copies in it"
+            raise ValueError(f"`clean_input_ids` must be {rule}, but got {list(x_0.shape)} for {list(x_t.shape)}.")
         is_flex = self.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
         # In training alone: what a likelihood is reported of, and written by, reads clean text.
         reads_noisy = self.training and self.config.shift_logits == "noisy"
@@ -353,15 +441,11 @@ class BlockDiffusionLMMixin:
         nelbo = torch.zeros(x_t.shape, dtype=torch.float32, device=x_t.device)
         nelbo = nelbo.masked_scatter(masked, tokens_where(masked, loss_weights).float() * nats)
         nelbo = nelbo.unflatten(1, (num_copies, -1)).sum(1)
-        return BlockDiffusionOutput(
-            nelbo.sum() / num_items_in_batch, None, None, outputs.hidden_states, outputs.attentions, nelbo
-        )
+        states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return BlockDiffusionOutput(loss=nelbo.sum() / num_items_in_batch, token_nelbo=nelbo, **states)
 
     def token_nats(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
-        """
-        -log x_theta of masked tokens, from their hidden states [num_masked, hidden] and clean ids [num_masked], in
-        nats [num_masked], float32, differentiable.
-        """
+        """[`token_nats`] by this model's head, of states [num_masked, hidden] and their clean ids [num_masked]."""
         return token_nats(hidden_states, targets, self.get_output_embeddings(), self.config.mask_token_id)
 
 

@@ -33,19 +33,25 @@ def reads_whole_context(processor: LogitsProcessor) -> bool:
     return is_penalty and not isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
 
 
-def largest_is_finite(scores: Tensor, is_candidate: Tensor) -> Tensor:
-    """Whether the largest of the scores [batch * kept, vocab] of each candidate [batch, kept] is a finite number."""
-    return (scores.amax(-1).view(is_candidate.shape).isfinite() | ~is_candidate).all()
+def least_length(processor: LogitsProcessor) -> int | None:
+    """How many tokens must come before an EOS, for a processor that reads no more of them than their number."""
+    if type(processor) is generation.MinLengthLogitsProcessor:
+        return processor.min_length
+    is_of_new = type(processor) is generation.MinNewTokensLengthLogitsProcessor
+    return processor.prompt_length_to_skip + processor.min_new_tokens if is_of_new else None
 
 
-def sample_tokens(scores: Tensor, uniform: Tensor) -> Tensor:
-    """Draws ids [rows] from softmax(`scores`) in float32 [rows, vocab] by inversion, at `uniform` in [0, 1) [rows]."""
+def sample_tokens(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Draws ids [rows] from softmax(`scores`) in float32 [rows, vocab] by inversion, at `uniform` in [0, 1) [rows]; and
+    the sum of the probabilities [rows], which is NaN for scores that are no distribution.
+    """
     cumulative = scores.softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]
-    # Rounding up to the total would choose the last id, whatever its probability.
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Scores without a finite value, which `TokenPredictor.check` reports, would give an id past the last.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)
+    # In float32, where the largest number below 1 is 1 - 2**-24, no product is rounded up to the total.
+    total = cumulative[:, -1]
+    ids = torch.searchsorted(cumulative, (uniform * total)[:, None], right=True).squeeze(-1)
+    # NaN would give an id past the last.
+    return ids.clamp(max=scores.shape[-1] - 1), total
 
 
 def confidence_of(kind: str, log_probs: Tensor, tokens: Tensor) -> Tensor:
@@ -136,18 +142,17 @@ class TokenPredictor:
             raise ValueError(f"`watermarking_config` must be a `WatermarkingConfig`, but got {wrong_kind}.")
         self.logits_processor, self.do_sample = logits_processor, do_sample
         self.mask_token_id, self.prompts = mask_token_id, prompts
-        self.reads_context = not all(map(ignores_context, logits_processor))
-        self._is_valid = self._is_finite = torch.ones((), dtype=torch.bool, device=prompts.device)
+        self.reads_context = any(not ignores_context(part) and least_length(part) is None for part in logits_processor)
+        # Finite as long as what they are sums of is: of logits the largest of each candidate.
+        self._sum_of_logits = self._sum_of_scores = torch.zeros((), device=prompts.device)
 
     def check(self) -> None:
         """Raises a ValueError if scores so far were NaN, infinite or left no token to draw; waits for the device."""
-        if self._is_valid:
+        if self._sum_of_scores.isfinite():
             return
-        if not self._is_finite:
-            raise ValueError(
-                "The logits of a masked token must be finite, but the model gave NaN or infinite ones; look for such "
-                "numbers among its weights, or load it in a dtype of a wider range."
-            )
+        if not self.logits_processor or not self._sum_of_logits.isfinite():
+            got = "NaN or infinite ones; look for such numbers among its weights, or load it in a dtype of wider range"
+            raise ValueError(f"The logits of a masked token must be finite, but the model gave {got}.")
         raise ValueError(
             "The scores of a masked token must be finite for at least one token that may be drawn, and NaN or +inf "
             "for none, but got others from the `logits_processor` and the constraints, out of finite logits; the "
@@ -163,12 +168,17 @@ class TokenPredictor:
         block_size] of the `context`, [`Canvas.context`] [batch, width], which is None where no processor reads it.
         """
         logits[:, self.mask_token_id] = -torch.inf
-        self._is_finite = self._is_finite & largest_is_finite(logits, is_candidate)
-        scores = self._process(logits, is_candidate, columns.gather(1, kept), context)
-        # A processor may have lifted the ban, such as one that is left with nothing to allow.
-        scores[:, self.mask_token_id] = -torch.inf
-        self._is_valid = self._is_valid & largest_is_finite(scores, is_candidate)
-        chosen = sample_tokens(scores, uniform.gather(1, kept).flatten()) if self.do_sample else scores.argmax(-1)
+        scores, candidates = logits, is_candidate.flatten()
+        if self.logits_processor:
+            self._sum_of_logits = self._sum_of_logits + torch.where(candidates, logits.amax(-1), 0.0).sum()
+            scores = self._process(logits, is_candidate, columns.gather(1, kept), context)
+            # A processor may have lifted the ban, such as one that is left with nothing to allow.
+            scores[:, self.mask_token_id] = -torch.inf
+        if self.do_sample:
+            chosen, largest = sample_tokens(scores, uniform.gather(1, kept).flatten())
+        else:
+            largest, chosen = scores.max(-1)
+        self._sum_of_scores = self._sum_of_scores + torch.where(candidates, largest, 0.0).sum()
         tokens = torch.zeros_like(columns).scatter(1, kept, chosen.view(kept.shape))
         return Prediction(kept, is_candidate, tokens, logits, scores)
 
@@ -196,30 +206,26 @@ class TokenPredictor:
                 prediction.tokens[:, index] = torch.where(chosen[:, 0], drawn.tokens[:, index], tokens)
 
     def _process(self, logits: Tensor, is_candidate: Tensor, column: Tensor, context: Tensor | None) -> Tensor:
-        """
-        Runs the processors on the scores [rows * kept, vocab] of the tokens at `column` of the context, of which
-        those that are no candidates do not matter, both [rows, kept].
-        """
-
-        def repeated(text: Tensor) -> Tensor:
-            # As long as the whole context, and so copied for those alone that read it.
-            return text.repeat_interleave(column.shape[1], dim=0)
-
-        scores, no_text = logits.clone(), column.new_empty(column.numel(), 0)
+        """The scores [rows * kept, vocab] of candidates at `column` of the context, both [rows, kept], processed."""
+        scores, no_text, text = logits.clone(), column.new_empty(column.numel(), 0), context
+        if context is not None and column.shape[1] > 1:
+            text = context.repeat_interleave(column.shape[1], dim=0)
         for processor in self.logits_processor:
             if ignores_context(processor):
                 scores = processor(no_text, scores)
+            elif (least := least_length(processor)) is not None:
+                # On an empty text it bans every EOS.
+                scores = torch.where(column.flatten()[:, None] < least, processor(no_text, scores), scores)
             elif type(processor) in BIASES:
                 # It adds the bias of single tokens alone to an empty text.
                 scores, biases = processor(no_text, scores), processor.sequence_bias
-                scores = add_sequence_bias(scores, biases, repeated(context), column.flatten(), self.mask_token_id)
+                scores = add_sequence_bias(scores, biases, text, column.flatten(), self.mask_token_id)
             elif type(processor) in N_GRAM_BANS:
-                text = repeated(context)
-                source = text if type(processor) is N_GRAM_BANS[0] else repeated(self.prompts)
-                rule = (processor.ngram_size, text, column.flatten(), source, self.mask_token_id)
-                scores = ban_n_grams(scores, *rule)
+                prompts = self.prompts.repeat_interleave(column.shape[1], dim=0)
+                source = text if type(processor) is N_GRAM_BANS[0] else prompts
+                scores = ban_n_grams(scores, processor.ngram_size, text, column.flatten(), source, self.mask_token_id)
             elif reads_whole_context(processor):
-                scores = processor(repeated(context), scores)
+                scores = processor(text, scores)
             else:
                 scores = self._by_column(processor, scores, is_candidate, column, context)
         return scores

@@ -141,10 +141,9 @@ def match_cache(
         _, first_held = cache.get_mask_sizes(1, 0)
         is_visible = (shared.positions >= 0) & (shared.positions >= shared.length[:, None] - window)
         if is_visible[:, :first_held].any():
-            raise ValueError(
-                "`cache` has dropped positions that the next block still sees, since a row of the batch went on far "
-                "beyond the text of another; generate without it, or with a `DynamicCache()` from the start."
-            )
+            reason = "since a row of the batch went on far beyond the text of another"
+            advice = "generate without it, or with a `DynamicCache()` from the start"
+            raise ValueError(f"`cache` has dropped positions that the next block still sees, {reason}; {advice}.")
         # While rows go on, one may be complete a block before another.
         num_seen = text.most_columns_seen(window, block_size, num_stages) + (block_size if len(prefix) > 1 else 0)
         for layer in cache.layers:
@@ -170,18 +169,15 @@ def text_in_cache(cache: Cache, prefix: Tensor, length: Tensor, block_size: int)
             raise ValueError(f"`cache` must be of the batch size of the rows to generate, {num_rows}, but got {size}.")
     if text is not None:
         if num_cached > text.num_cached:
-            raise ValueError(
-                f"`cache` that `generate` returned must hold what it held then, {text.num_cached} positions, or less, "
-                f"but got {num_cached}: nobody knows which tokens the others are."
-            )
+            rule = f"what it held then, {text.num_cached} positions, or less"
+            got = f"{num_cached}: nobody knows which tokens the others are"
+            raise ValueError(f"`cache` that `generate` returned must hold {rule}, but got {got}.")
         # It may have been cropped since.
         return replace(text, num_cached=num_cached)
     # Filled by the user: the cached tokens can only be the prompts' first.
     if num_cached % block_size or num_cached > int(length.min()) or bool((length != length[0]).any()):
-        raise ValueError(
-            "`cache` that no `generate` returned must hold whole blocks of the prompts in `input_ids`, whose rows "
-            f"must be equally long, but got {num_cached} positions for {length.tolist()} tokens in whole blocks, with "
-            f"`block_size` {block_size}."
-        )
+        rule = "whole blocks of the prompts in `input_ids`, whose rows must be equally long"
+        got = f"{num_cached} positions for {length.tolist()} tokens in whole blocks, with `block_size` {block_size}"
+        raise ValueError(f"`cache` that no `generate` returned must hold {rule}, but got {got}.")
     positions = torch.arange(num_cached, device=prefix.device).expand(num_rows, -1)
     return CleanText(prefix[:, :num_cached], positions, length, num_cached)

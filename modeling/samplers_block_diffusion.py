@@ -1,5 +1,7 @@
 """Samplers: given a block that is partly masked, which tokens to reveal now. No sampler knows the model."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
@@ -47,17 +49,10 @@ class Sampler:
     confidence: str | None = None
     # Whether a step may have no candidates.
     may_pause = False
-    # Whether `remask` may ever mask something.
+    # Whether `remask` is asked.
     may_remask = False
-    # The most candidates that a row has in one step; None: any number of them.
-    num_candidates: int | None = None
     # How much confidences may differ by rounding, as a share; that of the dtype of the logits before `reveal`.
     tolerance = torch.finfo(torch.float32).eps ** 0.5
-
-    def __init_subclass__(cls, **kwargs):
-        if "candidates" in vars(cls) and "num_candidates" not in vars(cls):
-            # What is said of the candidates of another class does not hold for those of its own.
-            cls.num_candidates = None
 
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
         """Called before the first step with the `masked` positions [batch, block_size] and the block's `noise`."""
@@ -67,8 +62,9 @@ class Sampler:
         """Whether the block is done; `masked`, bool [batch, block_size], is what is left of it."""
         return not masked.any()
 
-    def num_steps(self, num_masked: int) -> int | None:
-        """How many steps may be taken of at most `num_masked` tokens before a look; None where predictions decide."""
+    def num_steps(self, num_masked: int) -> int:
+        """How many steps may be taken of at most `num_masked` tokens before a look; 0 where predictions decide."""
+        return 0
 
     def candidates(self, masked: Tensor) -> Tensor:
         """The positions out of the `masked` ones, bool [batch, block_size], to predict now, of the same shape."""
@@ -86,7 +82,7 @@ class Sampler:
         return candidates
 
     def remask(self, known: Tensor) -> Tensor:
-        """After each step, which of the tokens `known` before it are masked again, bool [batch, block_size]."""
+        """After a step, which of the tokens `known` before it are masked again, bool [batch, block_size]."""
         return torch.zeros_like(known)
 
     def surest(self, confidence: Tensor, number: Tensor) -> Tensor:
@@ -108,20 +104,18 @@ class FirstHittingSampler(Sampler):
     sampler in the limit of infinitely many steps. With n tokens masked, the next time is p <- p u^(1/n), u uniform.
     """
 
-    num_candidates = 1
-
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
         super().start(masked, noise)
-        # Uniform in random order is the order of uniform numbers.
-        self._order, self._uniform = noise.uniform(), noise.uniform()
+        # Uniform in random order is the order of uniform numbers. Their ranks are never alike.
+        self._rank, self._uniform = noise.uniform().argsort(stable=True).argsort(), noise.uniform()
         self._mask_probability = torch.ones(masked.shape[0], device=masked.device)
 
     def num_steps(self, num_masked: int) -> int:
         return num_masked
 
     def candidates(self, masked: Tensor) -> Tensor:
-        first = self._order.masked_fill(~masked, torch.inf).argmin(-1, keepdim=True)
-        return (torch.arange(masked.shape[1], device=masked.device) == first) & masked
+        rank = torch.where(masked, self._rank, masked.shape[1])
+        return self._rank == rank.amin(-1, keepdim=True)
 
     def mask_probability(self, masked: Tensor) -> Tensor:
         num_masked = masked.sum(-1)
@@ -149,7 +143,8 @@ class AncestralSampler(Sampler):
         # Everything is masked at the start and nothing at the end, where some schedules stop short by 1e-3.
         self.levels = [1.0, *levels[1:-1], 0.0]
         self.remask_cap, self.may_remask = remask_cap, remask_cap > 0
-        self._step = 0
+        # The step that is being taken.
+        self._step = -1
 
     @property
     def _remask_probability(self) -> float:
@@ -157,9 +152,10 @@ class AncestralSampler(Sampler):
         return min(self.remask_cap, after / (1 - before)) if before < 1 else 0.0
 
     def is_finished(self, masked: Tensor) -> bool:
-        return self._step == len(self.levels) - 1 or (not self.may_remask and super().is_finished(masked))
+        return self._step == len(self.levels) - 2 or (not self.may_remask and super().is_finished(masked))
 
     def candidates(self, masked: Tensor) -> Tensor:
+        self._step += 1
         before, after = self.levels[self._step : self._step + 2]
         probability = (1 - after - (1 - self._remask_probability) * (1 - before)) / before
         return masked & (self.noise.uniform() < probability)
@@ -169,7 +165,6 @@ class AncestralSampler(Sampler):
 
     def remask(self, known: Tensor) -> Tensor:
         probability = self._remask_probability
-        self._step += 1
         return known & (self.noise.uniform() < probability) if probability else torch.zeros_like(known)
 
 
@@ -192,10 +187,8 @@ class ConfidenceSampler(Sampler):
         tokens_per_step: int = 1,
         sub_block_size: int | None = None,
     ):
-        self.steps_left = denoising_steps
-        self.confidence_threshold = confidence_threshold
-        self.confidence = confidence
-        self.tokens_per_step = tokens_per_step
+        self.steps_left, self.tokens_per_step = denoising_steps, tokens_per_step
+        self.confidence, self.confidence_threshold = confidence, confidence_threshold
         self.sub_block_size = sub_block_size
 
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
@@ -205,9 +198,9 @@ class ConfidenceSampler(Sampler):
             steps_left = min(self.steps_left, masked.shape[1])
             self.steps_left = torch.full((), steps_left, dtype=torch.long, device=masked.device)
 
-    def num_steps(self, num_masked: int) -> int | None:
+    def num_steps(self, num_masked: int) -> int:
         if self.confidence_threshold is not None or self.sub_block_size is not None:
-            return None
+            return 0
         return -(-num_masked // self.tokens_per_step) if self.steps_left is None else min(self.steps_left, num_masked)
 
     def candidates(self, masked: Tensor) -> Tensor:
@@ -268,10 +261,5 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "sequential": SequentialSampler,
     "entropy_bound": EntropyBoundSampler,
 }
-# The arguments of each sampler that `generate` takes under the same names.
-SAMPLER_ARGUMENTS = {
-    "ancestral": ("denoising_steps", "noise_schedule", "remask_cap"),
-    "confidence": ("denoising_steps", "confidence_threshold", "confidence", "tokens_per_step", "sub_block_size"),
-    "sequential": ("denoising_steps", "tokens_per_step"),
-    "entropy_bound": ("entropy_bound",),
-}
+# The arguments of each sampler, which `generate` takes under the same names.
+SAMPLER_ARGUMENTS = {name: tuple(inspect.signature(sampler).parameters) for name, sampler in SAMPLERS.items()}

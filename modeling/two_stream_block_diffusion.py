@@ -42,9 +42,8 @@ def positions_and_blocks(config, shape: torch.Size, device: torch.device, text: 
     attention_mask, position_ids, document_ids = text
     columns = torch.arange(shape[1], device=device)[None]
     if document_ids is not None and document_ids.shape != shape:
-        raise ValueError(
-            f"`document_ids` must be of shape [batch, length] = {list(shape)}, but got {list(document_ids.shape)}."
-        )
+        rule = f"of shape [batch, length] = {list(shape)}"
+        raise ValueError(f"`document_ids` must be {rule}, but got {list(document_ids.shape)}.")
     if position_ids is not None:
         if document_ids is None:
             # Of packed rows: a document starts wherever positions do not go up by one.
@@ -103,10 +102,9 @@ class TextBlocks:
             predicted = predicted & (position_ids != 0)
         is_mask_token = (labels == config.mask_token_id) | (input_ids == config.mask_token_id)
         if has_values and (predicted & is_mask_token).any():
-            raise ValueError(
-                f"`labels` must not hold the mask token ({config.mask_token_id}), nor `input_ids` where a label is "
-                "given: a clean token is never masked. Set the label to -100 there."
-            )
+            rule = f"the mask token ({config.mask_token_id}), nor `input_ids` where a label is given"
+            reason = "a clean token is never masked. Set the label to -100 there"
+            raise ValueError(f"`labels` must not hold {rule}: {reason}.")
         block = (block_starts(block_ids).long().cumsum(-1) - 1).expand(input_ids.shape)
         is_plain = all(given is None for given in text)
         num_blocks = -(-length // config.block_size) if is_plain else int(block.max()) + 1 if has_values else length

@@ -1,10 +1,12 @@
 """The static training step has the loss of the plain one, whatever a batch holds, and never waits for the device."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from adapted import adapted_lm
+from adapted_cases import adapt
 from conftest import random_model
 from simulated_gpu import GpuTensor, SimulatedGpu
 from torch._dynamo.utils import counters
@@ -42,6 +44,9 @@ MODELS = {
     "adapted_granite": lambda: adapted_lm(model_type="granite", overrides={"logits_scaling": 4.0}, block_size=4),
     "adapted_gemma": lambda: adapted_lm(model_type="gemma2", overrides=GEMMA, block_size=4),
 }
+# Norms of heads and a tied head, two types of layers, fused projections, and a table of positions.
+SHAPES = ["llama", "qwen3", "gemma3", "gpt_neox", "gpt2"]
+MODELS |= {name: functools.partial(adapt, name) for name in SHAPES}
 SAMPLERS = {
     "nelbo": NoiseSampler(),
     "uniform": NoiseSampler(loss_weight="uniform"),
@@ -130,10 +135,11 @@ def test_dropout_is_on():
 # Room for masked tokens.
 
 
-def test_a_batch_with_more_masked_tokens_than_usual_is_counted_and_loses_none(monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["bd3lm", "adapted_shifted", "gemma3"])
+def test_a_batch_with_more_masked_tokens_than_usual_is_counted_and_loses_none(monkeypatch, caplog, name):
     monkeypatch.setattr(compiled, "ROOM_MULTIPLE", 1)
     monkeypatch.setattr(compiled, "NUM_STANDARD_DEVIATIONS", -3)
-    model = MODELS["bd3lm"]()
+    model = MODELS[name]()
     step = compile_training(model, backend=None)
     inputs, num_masked = noised(model)
     room = usual_room(model.config, X_0.numel())
@@ -143,6 +149,25 @@ def test_a_batch_with_more_masked_tokens_than_usual_is_counted_and_loses_none(mo
     assert f"{num_masked} masked tokens of {X_0.numel()}" in caplog.text
     assert_same(model, {**inputs, "num_masked": num_masked}, inputs)
     assert step.num_overflows == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bd3lm", "adapted_shifted"])
+def test_such_a_batch_is_one_more_compilation_and_those_after_it_none(monkeypatch, name):
+    monkeypatch.setattr(compiled, "ROOM_MULTIPLE", 1)
+    torch._dynamo.reset()
+    counters.clear()
+    model = MODELS[name]()
+    step, graphs = compile_training(model, backend="aot_eager"), []
+    for seed, deviations in ((0, 6), (1, -3), (1, 6)):
+        monkeypatch.setattr(compiled, "NUM_STANDARD_DEVIATIONS", deviations)
+        # As if the law of another schedule had not foreseen this batch.
+        if deviations < 0:
+            step.rooms.clear()
+        inputs, num_masked = noised(model, seed=seed)
+        assert_same(model, {**inputs, "num_masked": num_masked}, inputs)
+        graphs.append((step.num_overflows, counters["stats"]["unique_graphs"]))
+    assert graphs == [(0, 1), (1, 2), (1, 2)] and not counters["graph_break"]
 
 
 def test_without_room_tokens_would_be_missing(monkeypatch):
@@ -173,6 +198,21 @@ def test_usual_batches_have_room(schedule, interval, block_size):
     assert step.num_overflows == 0
 
 
+def test_intervals_that_are_chosen_in_training_share_few_rooms():
+    """As a search goes from one interval to the next, of equal and of other mean."""
+    shape = torch.Size((8, 512))
+    model = random_model(attn_implementation="sdpa", max_position_embeddings=512, block_size=4)
+    step, rooms, usual = compile_training(model, backend=None), [], []
+    for beta in (0.001, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5):
+        model.config.noise_interval = (beta, 1.0)
+        usual.append(usual_room(model.config, shape.numel()))
+        rooms.append(step.room(model.config, shape, 1))
+    assert all(room >= least for room, least in zip(rooms, usual, strict=True))
+    assert all(room <= least + shape.numel() / 8 for room, least in zip(rooms, usual, strict=True))
+    assert rooms[0] == usual[0] and len({*usual}) > 7 and len({*rooms}) == 4
+    assert step.num_overflows == 0
+
+
 def test_noise_drawn_on_the_host_is_that_of_the_model():
     model = random_model(attn_implementation="sdpa", time_conditioning=True).train()
     blocks = TextBlocks.of_batch(model.config, X_0, X_0)
@@ -199,12 +239,25 @@ def graphs_of(model, batches):
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["bd3lm", pytest.param("adapted_shifted", marks=pytest.mark.slow)])
-def test_three_steps_of_different_noise_are_one_graph(name):
+def in_turn(names, texts=TEXTS):
+    """Each of the names with one of the texts, and each text with some."""
+    texts = [*texts]
+    return [(name, texts[index % len(texts)]) for index, name in enumerate(names)]
+
+
+ADAPTED = ["adapted_shifted", *SHAPES]
+MANY = [*in_turn(ADAPTED), *in_turn(SHAPES, ["packed", "left_padding"])]
+FEW = [("bd3lm", "packed"), ("gemma3", "left_padding")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), FEW + [pytest.param(*case, marks=pytest.mark.slow) for case in {*MANY} - {*FEW}]
+)
+def test_three_steps_of_different_noise_are_one_graph(name, text):
     model = MODELS[name]()
     batches = []
-    for seed in range(3):
-        inputs, num_masked = noised(model, "packed", seed=seed)
+    for seed in range(1, 4):
+        inputs, num_masked = noised(model, text, seed=seed)
         inputs["num_items_in_batch"] = 7 + seed
         batches.append(({**inputs, "num_masked": num_masked}, inputs, seed))
     assert len({inputs["num_masked"] for inputs, _, _ in batches}) == 3
@@ -277,8 +330,12 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["bd3lm", "adapted_shifted"])
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [(name, text) for name in ("bd3lm", "adapted_shifted") for text in TEXTS]
+    + in_turn(SHAPES)
+    + in_turn(SHAPES[::-1]),
+)
 def test_the_host_never_waits_for_the_device(name, text):
     model = MODELS[name]()
     given, num_masked = noised(model, text)

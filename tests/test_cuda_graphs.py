@@ -15,7 +15,7 @@ from conftest import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from bd3lm_hf.kernels import cuda_graphs
+from bd3lm_hf.kernels import cuda_graphs, detached
 from bd3lm_hf.kernels.cuda_layers import fast_network
 from bd3lm_hf.modeling.denoising_block_diffusion import Denoiser
 
@@ -73,8 +73,8 @@ def prompts(width=7, rows=2, seed=0):
     return torch.randint(5, 20, (rows, width), generator=torch.Generator().manual_seed(seed))
 
 
-def generated(model, ids, **arguments):
-    return model.generate(ids, **{"max_new_tokens": 21, "seed": 3, "pad_token_id": 0, **arguments})
+def generated(model, input_ids, **arguments):
+    return model.generate(input_ids, **{"max_new_tokens": 21, "seed": 3, "pad_token_id": 0, **arguments})
 
 
 def static(model, ids, **arguments):
@@ -92,6 +92,21 @@ def test_captured_steps_give_the_tokens_of_the_dynamic_cache(network, sampler, g
         # The graphs of the first call, and buffers with what it left there.
         assert torch.equal(static(model, ids, **SAMPLERS[sampler], **text), expected)
     assert graphs.captured >= 2 and graphs.replayed > 5
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_passes_that_share_masks_give_the_tokens_of_plain_ones(network, graphs):
+    """With a dynamic cache: of one text, of padded rows, after the context, and of a cache that is given again."""
+    model, ids = NETWORKS[network](), prompts()
+    padded = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])}
+    for text in ({}, padded, {"max_new_tokens": 60}, {"use_cache": False}, {"do_sample": False, "new_block": True}):
+        found = generated(model, ids, **text, return_dict_in_generate=True)
+        whole = {"input_ids": found.sequences, "attention_mask": torch.ones_like(found.sequences)}
+        again = generated(model, **whole, cache=found.cache) if text == {} else None
+        with detached():
+            assert torch.equal(found.sequences, generated(model, ids, **text))
+            assert again is None or torch.equal(again, generated(model, **whole))
+    assert graphs.captured == 0
 
 
 def test_calls_of_one_shape_share_graphs_and_others_get_their_own(graphs):
@@ -270,9 +285,9 @@ def test_waiting_is_found(graphs, watched_steps):
     assert any("_local_scalar_dense" in watch.waits or "_unique2" in watch.waits for watch in watched_steps)
 
 
-@pytest.mark.parametrize(("network", "of_layer", "of_rest"), [("published", 20, 80), ("adapted, shifted", 50, 100)])
+@pytest.mark.parametrize(("network", "of_layer", "of_rest"), [("published", 17, 55), ("adapted, shifted", 50, 80)])
 def test_how_many_operations_a_step_takes(network, of_layer, of_rest, graphs, watched_steps):
-    """The host launches each of them: with 12 layers and the nucleus about 300, where GPT-2 has 292."""
+    """The host launches each of them: with 12 layers and the nucleus about 255, where GPT-2 has 292."""
     launches = {}
     for num_layers in (2, 4):
         overrides = {"num_hidden_layers": num_layers}

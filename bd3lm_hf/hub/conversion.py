@@ -27,10 +27,11 @@ from ..evaluation.loading import check_finite, load_whole, told_as_value_error
 from ..evaluation.networks import PUBLISHED_MODEL_TYPES
 from ..modeling.configuration_bd3lm import BD3LMConfig
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig
-from ..modeling.modeling_bd3lm import BD3LMForMaskedLM
+from ..modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMPreTrainedModel
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
 from .families import fields_of, load_family
 from .published_files import replaced_model
+from .published_format import from_whole_checkpoint, read_published_fields
 
 
 # In the order in which the published code registers its parameters: its moving averages are a list in that order.
@@ -111,7 +112,9 @@ def weight_transforms() -> list[WeightTransform]:
 
 
 def register_published_format() -> None:
-    """Makes `from_pretrained` of this package's models read the published names too."""
+    """Makes the configuration and `from_pretrained` of this package's models read the published names too."""
+    BD3LMConfig.read_published_fields = read_published_fields
+    BD3LMPreTrainedModel.from_pretrained = classmethod(from_whole_checkpoint)
     for class_name in ("BD3LMForMaskedLM", "BD3LMModel"):
         register_checkpoint_conversion_mapping(class_name, weight_transforms(), overwrite=True)
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import cached_file
 
 from ..modeling.configuration_causal_lm import BlockDiffusionConfig
-from ..modeling.generation_config_block_diffusion import BD3LMGenerationConfig
+from ..modeling.generation_block_diffusion import BD3LMGenerationConfig
 from ..modeling.modeling_causal_lm import BlockDiffusionForMaskedLM
 
 

@@ -30,8 +30,8 @@ from transformers.utils import logging
 from ..modeling.attention_block_diffusion import MaskKind, Tokens, is_visible
 from ..modeling.diffusion_block_diffusion import NOISE_SCHEDULES, sample_timesteps, sigma_from_mask_probability
 from ..modeling.modeling_bd3lm import apply_rotary_pos_emb, eager_attention_forward, modulate, rotary_embedding
-from ..modeling.outputs_block_diffusion import BlockDiffusionOutput
-from ..modeling.two_stream_block_diffusion import TextBlocks
+from ..modeling.network_block_diffusion import BlockDiffusionOutput
+from ..modeling.two_stream_block_diffusion import TextBlocks, check_shape
 from .cpu_plain import HARMLESS_ARGUMENTS, has_hooks
 
 
@@ -41,6 +41,8 @@ logger = logging.get_logger(__name__)
 NUM_STANDARD_DEVIATIONS = 6
 # The room is a whole number of these, as matrix products like it.
 ROOM_MULTIPLE = 128
+# After the first room of a shape, those that follow have one of so many widths: each is compiled.
+NUM_WIDTHS = 8
 # So many shapes of a batch are compiled; those of other batches run uncompiled.
 MOST_SHAPES = 8
 # The vocabulary is filled up to a whole number of these.
@@ -89,13 +91,18 @@ class TrainingStep:
         total = shape.numel()
         if num_masked is None:
             return total
-        law = (tuple(shape), config.block_size, config.noise_schedule, tuple(config.noise_interval))
+        law, width = (shape, config.block_size, config.noise_schedule, *config.noise_interval), -(-total // NUM_WIDTHS)
         if law not in self.rooms:
-            self.rooms[law] = usual_room(config, total)
+            usual, others = (
+                usual_room(config, total),
+                [room for other, room in self.rooms.items() if other[0] == shape],
+            )
+            # An interval that is chosen in training is not compiled anew where a room that is there is not much wider.
+            fitting = [room for room in others if usual <= room <= usual + width]
+            self.rooms[law] = min(fitting, default=rounded_up(usual, width, total) if others else usual)
         if num_masked > self.rooms[law]:
             self.num_overflows += 1
-            # To one of a few widths: each is compiled.
-            self.rooms[law] = rounded_up(num_masked, -(-total // 16), total)
+            self.rooms[law] = rounded_up(num_masked, width, total)
             logger.warning(
                 f"A batch has {num_masked} masked tokens of {total}, more than there was room for: room is made for "
                 f"{self.rooms[law]} from here on ({self.num_overflows} such batches so far)."
@@ -281,11 +288,7 @@ def static_loss(
 ) -> BlockDiffusionOutput:
     """The loss of `_denoising_loss` by a `step`; masked are at most `num_masked` tokens, where that is known."""
     x_t, timesteps, loss_weights = noise
-    if loss_weights.shape != x_t.shape:
-        raise ValueError(
-            f"`loss_weights` must be of the shape of `input_ids`, {list(x_t.shape)}, but got "
-            f"{list(loss_weights.shape)}."
-        )
+    check_shape("loss_weights", loss_weights, "input_ids", x_t.shape)
     streams = model._two_streams(x_t, x_0, blocks, timesteps)
     if blocks.is_plain and model.config.get_text_config(decoder=True)._attn_implementation == "flex_attention":
         num_copies, kind = x_t.shape[1] // x_0.shape[1], MaskKind.of(model.config, model.dtype)

@@ -22,12 +22,13 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.utils import logging
 
 from ..modeling.attention_block_diffusion import MaskKind
 from ..modeling.cache_block_diffusion import CommitCache
-from ..modeling.denoising_block_diffusion import NetworkPass
 from .cuda_layers import FastNetwork, fast_network
+from .cuda_passes import additive, is_plain, mask_dtype, seen_columns, share_passes
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +71,7 @@ def denoiser(original: Callable) -> Callable:
         fast = fast_network(self, is_plain_module)
         plain.model = self if fast is None else fast
         if generation_config.cache_implementation != "static":
+            share_passes(plain)
             return plain
         reason = why_not_captured(self, plain, cache)
         if reason is not None:
@@ -104,7 +106,7 @@ def why_not_captured(model: nn.Module, plain: Any, cache: Any) -> str | None:
     """What keeps the steps of a denoiser from being captured, in words; None if nothing does."""
     record, predictor = plain.record, plain.predictor
     sampler = plain.generation_config.make_sampler(plain.canvas.block_size, model.config.noise_schedule)
-    prediction = sys.modules[type(predictor).__module__]
+    prediction, denoising = (sys.modules[type(part).__module__] for part in (predictor, plain))
     others = [
         type(part).__name__
         for part in predictor.logits_processor
@@ -115,9 +117,9 @@ def why_not_captured(model: nn.Module, plain: Any, cache: Any) -> str | None:
         return f"a {others[0]} is among the processors"
     if not type(sampler).__module__.endswith("samplers_block_diffusion") or sampler.may_pause:
         return f"the steps of a {type(sampler).__name__} depend on what it drew"
-    if predictor.reads_context and sampler.num_candidates != 1:
+    if predictor.reads_context and type(sampler).candidates is not denoising.FirstHittingSampler.candidates:
         return "a processor that reads the text reads that of several tokens at once"
-    if record.keeps_vocabularies or record.reveal_steps is not None:
+    if any(kept is not None for kept in (record.scores, record.logits, record.reveal_steps)):
         return "scores, logits or the order of tokens are asked for"
     if plain.guidance is not None:
         return "of the guidance"
@@ -192,18 +194,35 @@ class StaticNoise:
         return self.numbers
 
 
+class CommitInPlace(CommitCache):
+    """A [`CommitCache`] of a static cache that has begun, which is written at places computed once for all layers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
+        """As `CommitCache.update`."""
+        layer = self.cache.layers[layer_idx]
+        if type(layer) is not StaticLayer:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == 0:
+            self.places = torch.arange(key_states.shape[-2], device=key_states.device) + layer.cumulative_length
+        layer.keys.index_copy_(2, self.places, key_states)
+        layer.values.index_copy_(2, self.places, value_states)
+        if self.num_commit:
+            layer.cumulative_length.add_(self.num_commit)
+        return layer.keys, layer.values
+
+
 class Step:
     """
     One kind of step.
 
     Attributes:
-        network_pass: its inputs, which are buffers.
+        clean, inputs: those of its pass over the network, which are buffers.
         loaded: the positions that are in them, as they were given.
         replay: the graph; None as long as the step ran once at most.
     """
 
-    def __init__(self, network_pass: Any):
-        self.network_pass = network_pass
+    def __init__(self, clean: Tensor, inputs: dict[str, Any]):
+        self.clean, self.inputs = clean, inputs
         self.loaded: Tensor | None = None
         self.is_warm = False
         self.replay: Callable[[], None] | None = None
@@ -263,16 +282,18 @@ class CapturedSteps:
         text = call.text
         num_clean = text.num_columns - text.num_cached
         if num_clean not in (0, call.canvas.block_size) or not self.cache.layers[0].is_initialized:
-            task.network_pass = call._network_pass(task)
+            call.prepare_pass(task)
             call.step(task)
             return
-        network_pass = self._plain_pass(call) if self._is_plain(call) else call._network_pass(task)
-        task.network_pass = network_pass
+        if is_plain(call):
+            self._prepare_plain(call, task)
+        else:
+            call.prepare_pass(task)
         uniform = task.noise.uniform()
         self._share(call, task)
         self.task.noise.numbers.copy_(uniform)
-        step = self._step(call, network_pass)
-        self.task.network_pass = step.network_pass
+        step = self._step(call, task)
+        self.task.clean, self.task.inputs = step.clean, step.inputs
         if step.replay is None:
             if step.is_warm:
                 step.replay = capture(self._run, self.pool)
@@ -285,38 +306,21 @@ class CapturedSteps:
             call.first_logits = self.first_logits
         call.text.num_cached = call.text.num_columns
 
-    def _is_plain(self, call: Any) -> bool:
-        """Whether the mask of a pass depends on its length alone."""
-        config, text = call.config, call.text
-        return (
-            text.is_plain
-            and not call.generation_config.new_block
-            and text.num_columns <= call.window
-            and config.clean_attention == "block"
-            and [*config.sliding_windows.values()] == [None]
-        )
-
-    def _plain_pass(self, call: Any) -> Any:
-        """As `Denoiser._network_pass`, of rows without padding that see all of their text, in fewer launches."""
+    def _prepare_plain(self, call: Any, task: Any) -> None:
+        """As `Denoiser.prepare_pass`, of rows without padding that see all of their text, in fewer launches."""
         text, block_size, device = call.text, call.canvas.block_size, call.canvas.tokens.device
         start, stop = text.num_cached, text.num_columns + block_size
         if self.last_plain is None or self.last_plain[0] != (start, stop):
             positions = torch.arange(start, stop, device=device)
-            columns = torch.arange(self.cache.layers[0].max_cache_len, device=device)
-            seen = columns < (positions // block_size * block_size + block_size)[:, None]
+            seen = seen_columns(call, positions, self.cache.layers[0].max_cache_len)
             kind = MaskKind.of(call.config, call.model.dtype)
             if kind.implementation == "eager":
                 mask = additive(seen, kind.dtype, torch.finfo(kind.dtype).min)
             else:
-                mask = additive(seen, self._mask_dtype(call))
+                mask = additive(seen, mask_dtype(call))
             inputs = {"position_ids": positions[None], "attention_mask": mask[None, None]}
             self.last_plain = (start, stop), inputs
-        return NetworkPass(text.pending, self.last_plain[1], None, start)
-
-    def _mask_dtype(self, call: Any) -> torch.dtype | None:
-        """That of the mask that SDPA takes without a change; None under autocast, where queries are of another."""
-        is_autocast = torch.is_autocast_enabled(call.canvas.tokens.device.type)
-        return None if is_autocast else call.model.dtype
+        task.clean, task.inputs, task.num_cached = text.pending, self.last_plain[1], start
 
     def _share(self, call: Any, task: Any) -> None:
         """Copies the tensors of a call into the buffers, and puts the buffers in their place."""
@@ -362,19 +366,19 @@ class CapturedSteps:
         """The objects whose tensors a step reads or changes."""
         return [self.task, self.task.sampler, self.denoiser, self.denoiser.predictor, self.denoiser.record]
 
-    def _step(self, call: Any, network_pass: Any) -> Step:
-        """The step for a pass, whose inputs are copied into its buffers."""
-        masks, positions = network_pass.inputs["attention_mask"], network_pass.inputs["position_ids"]
+    def _step(self, call: Any, task: Any) -> Step:
+        """The step for the pass of a task, whose inputs are copied into its buffers."""
+        masks, positions = task.inputs["attention_mask"], task.inputs["position_ids"]
         is_one = isinstance(masks, Tensor)
-        given = {"clean": network_pass.clean, "position_ids": positions} | ({"": masks} if is_one else masks)
+        given = {"clean": task.clean, "position_ids": positions} | ({"": masks} if is_one else masks)
         key = (call.first_logits is None, *((name, tensor.shape) for name, tensor in given.items()))
-        dtype = self._mask_dtype(call)
+        dtype = mask_dtype(call)
         if key not in self.steps:
             own = {name: additive(tensor, dtype).clone() for name, tensor in given.items()}
             own_masks = own[""] if is_one else {name: own[name] for name in masks}
-            cache = CommitCache(self.cache, network_pass.clean.shape[1])
+            cache = CommitInPlace(self.cache, task.clean.shape[1])
             inputs = {"position_ids": own["position_ids"], "attention_mask": own_masks, "cache": cache}
-            self.steps[key] = Step(network_pass._replace(clean=own["clean"], inputs=inputs))
+            self.steps[key] = Step(own["clean"], inputs)
             self.steps[key].buffers = own
         step = self.steps[key]
         # The tensors of a pass are those of the pass before it, for as long as nothing is committed.
@@ -421,16 +425,9 @@ class CapturedSteps:
 
 def tensors_of(part: Any) -> list[tuple[str, Tensor]]:
     """The attributes of an object that are tensors which a step reads or changes."""
-    # The prompts are read by processors that are not captured; logits have a buffer of their own.
-    others = ("prompts", "first_logits")
+    # The prompts are read by processors that are not captured; logits and what is read have buffers of their own.
+    others = ("prompts", "first_logits", "clean")
     return [(name, value) for name, value in vars(part).items() if isinstance(value, Tensor) and name not in others]
-
-
-def additive(mask: Tensor, dtype: torch.dtype | None, hidden: float = -torch.inf) -> Tensor:
-    """A bool mask as what SDPA would make of it in each layer: added to the scores; anything else as it is."""
-    if mask.dtype != torch.bool or dtype is None:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, hidden)
 
 
 def copied_layer(layer: Any) -> Any:

@@ -37,7 +37,7 @@ class FastLayer:
         made = [*self.norm, *self.second_norm, self.gate, self.second_gate, self.qkv]
         return [tensor for tensor in made if tensor is not None]
 
-    def __call__(self, states: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
+    def __call__(self, states: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
         """[batch, length, hidden] -> the same shape, by angles [batch or 1, length, 1, head_dim], halves swapped."""
         size = states.shape[-1:]
         heads = linear(layer_norm(states, size, *self.norm, self.eps), self.qkv)
@@ -87,13 +87,20 @@ class FastNetwork:
         made = [tensor for layer in self.layers for tensor in layer.made()]
         return made + [tensor for tensor in self.norm if tensor is not None]
 
-    def __call__(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: Any, logits_to_keep: Any
-    ) -> Any:
-        """As the model: an object with the `logits` [batch, kept, vocab] of ids [batch, length]."""
-        states = embedding(input_ids, self.embeddings)
+    def angles(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions [batch or 1, length], halves of the latter swapped, [..., 1, head_dim]."""
         angles = position_ids[..., None].float() / self.divisors
-        cos, sin = (part.to(self.dtype)[:, :, None] for part in (angles.cos(), angles.sin()))
+        return angles.cos().to(self.dtype)[:, :, None], angles.sin().to(self.dtype)[:, :, None]
+
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Any, cache: Any, logits_to_keep, angles=None
+    ) -> Any:
+        """
+        As the model: an object with the `logits` [batch, kept, vocab] of ids [batch, length]. Without a mask all is
+        seen; `angles` are those of the positions, which are computed where they are not given.
+        """
+        states = embedding(input_ids, self.embeddings)
+        cos, sin = self.angles(position_ids) if angles is None else angles
         for layer in self.layers:
             states = layer(states, attention_mask, cos, sin, cache)
         if isinstance(logits_to_keep, int):
