@@ -5,6 +5,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .hub.conversion import register_published_format
 from .hub.families import register_families
+from .hub.tensor_parallel import register_tensor_parallel_check
 from .modeling.configuration_bd3lm import BD3LMConfig
 from .modeling.configuration_causal_lm import BlockDiffusionConfig
 from .modeling.infilling_block_diffusion import TEXT_INFILLING, TextInfillingPipeline
@@ -31,3 +32,4 @@ def register_with_transformers() -> None:
     )
     register_published_format()
     register_families()
+    register_tensor_parallel_check()
