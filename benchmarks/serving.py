@@ -4,28 +4,35 @@ The engine beside `generate`: 16 requests at once, one after the other, and as o
     python -m benchmarks.serving --sizes small --device cpu
     python -m benchmarks.serving --soak 600
 
-`--soak` asks a server at random for so many seconds: texts and streams, of which some are cancelled and some clients
-leave. It fails unless memory stays flat, all slots are free in the end and every request was answered.
+`--soak` asks a server at random for so many seconds, over loopback: texts and streams, of which some clients leave in
+the middle or while they wait. It fails unless memory stays flat after the first quarter, all slots are free in the end
+and every client that stayed was answered, or told that the queue is full.
 """
 
 import argparse
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from bd3lm_hf.serving.api import make_app
 from bd3lm_hf.serving.engine import Engine, EngineLimits
 from bd3lm_hf.serving.requests import Ended, Failed, Request, Written
+from bd3lm_hf.serving.running import BackgroundServer
 
 from .common import BLOCK_SIZE, SIZES, interleaved_medians, make_bd3lm, resident_memory_mib
 
 
 NUM_REQUESTS, PROMPT_LENGTH, NUM_NEW = 16, 64, 64
 OPTIONS = {"top_p": 0.9}
-# Of the memory after the first quarter of a soak.
+# Of the memory before a quarter of a soak is over.
 MOST_GROWTH = 0.05
 
 
@@ -89,51 +96,76 @@ def newcomer(engine: Engine, prompts: list[list[int]]) -> None:
         is_done.wait()
 
 
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the words w0, w1, ..."""
+    vocabulary = {f"w{index}": index for index in range(vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="w0", mask_token=f"w{vocab_size - 1}")
+
+
+def ask_at_random(client: httpx.Client, rng: random.Random) -> str:
+    """One client's request, and what came of it."""
+    sampler = {"sampler": rng.choice(["first_hitting", "confidence"])}
+    prompt = [rng.randrange(1, 1000) for _ in range(rng.randrange(1, 400))]
+    body = {"model": "soak", "prompt": prompt, "max_tokens": rng.randrange(1, 40), "block_diffusion": sampler}
+    body |= {"seed": rng.randrange(2**31), "logprobs": 0 if rng.random() < 0.3 else None, "n": rng.choice([1, 1, 2])}
+    kind = rng.choice(["whole", "stream", "leaves a stream", "leaves"])
+    try:
+        if kind in ("whole", "leaves"):
+            timeout = 300 if kind == "whole" else rng.random() * 2
+            answer = client.post("/v1/completions", json=body, timeout=timeout)
+            return "answered" if answer.status_code == 200 else str(answer.status_code)
+        with client.stream("POST", "/v1/completions", json=body | {"stream": True}, timeout=300) as answer:
+            if answer.status_code != 200:
+                return str(answer.status_code)
+            num_left = rng.randrange(4) if kind == "leaves a stream" else None
+            for number, line in enumerate(answer.iter_lines()):
+                if number == num_left:
+                    return "left"
+                if line == "data: [DONE]":
+                    return "answered"
+        return "unanswered"
+    except httpx.TimeoutException:
+        return "left" if kind == "leaves" else "unanswered"
+
+
 def soak(seconds: float, num_clients: int = 16) -> None:
-    """Random requests, cancellations and clients that leave, for so many seconds."""
+    """Clients of a server who ask at random for so many seconds: see the head of this file."""
     model = make_bd3lm(SIZES["small"]).eval()
-    end, memory = time.monotonic() + seconds, []
-    kinds = ("answered", "failed", "cancelled", "unanswered")
+    engine = Engine(model, EngineLimits(num_slots=8, max_length=448, max_queue=8))
+    app = make_app(engine, word_tokenizer(model.config.vocab_size), "soak")
+    outcomes: Counter[str] = Counter()
+    memory: list[float] = []
 
-    def client(number: int) -> dict[str, int]:
-        rng, counts = random.Random(number), dict.fromkeys(kinds, 0)
-        while time.monotonic() < end:
-            prompt = [rng.randrange(1, 1000) for _ in range(rng.randrange(1, 400))]
-            is_over, told = threading.Event(), []
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        with httpx.Client(base_url=server.url) as http:
+            while time.monotonic() < end:
+                outcome = ask_at_random(http, rng)
+                outcomes[outcome] += 1
+                time.sleep(outcome == "429")
 
-            def listen(event: Any, told=told, is_over=is_over) -> None:
-                told.append(event)
-                if isinstance(event, (Ended, Failed)):
-                    is_over.set()
-
-            options = {"seed": rng.randrange(2**31), "sampler": rng.choice(["first_hitting", "confidence"])}
-            request = Request(prompt, rng.randrange(1, 40), listen, options, wants_reveal=rng.random() < 0.3)
-            engine.submit(request)
-            if rng.random() < 0.3:
-                time.sleep(rng.random() * 0.3)
-                request.cancel()
-                counts["cancelled"] += 1
-            elif not is_over.wait(120):
-                counts["unanswered"] += 1
-            else:
-                counts["answered" if isinstance(told[-1], Ended) else "failed"] += 1
-        return counts
-
-    with (
-        Engine(model, EngineLimits(num_slots=8, max_length=448)) as engine,
-        ThreadPoolExecutor(num_clients) as threads,
-    ):
+    with BackgroundServer(app) as server, ThreadPoolExecutor(num_clients) as threads:
+        end = time.monotonic() + seconds
         futures = [threads.submit(client, number) for number in range(num_clients)]
         while time.monotonic() < end:
-            time.sleep(min(seconds / 40, 10))
+            time.sleep(seconds / 60)
             memory.append(resident_memory_mib())
-        total = {kind: sum(future.result()[kind] for future in futures) for kind in kinds}
-        while engine.num_running or engine.num_waiting:
+        for future in futures:
+            future.result()
+        end = time.monotonic() + 30
+        while (engine.num_running or engine.num_waiting) and time.monotonic() < end:
             time.sleep(0.1)
-        num_free = len(engine._slots.free)
-    early, late = max(memory[: len(memory) // 4]), max(memory[-len(memory) // 4 :])
-    print(f"{total}, {num_free} of 8 slots free, {early:.0f} MiB, then {late:.0f} MiB ({late / early - 1:+.1%})")
-    assert num_free == 8 and not total["failed"] and not total["unanswered"] and late <= early * (1 + MOST_GROWTH)
+        is_free, counts = engine.num_running == engine.num_waiting == 0, engine.counts
+    # Of the first quarter, in which programs for products of all sizes are made, the last moments count.
+    warm = memory[len(memory) // 8 : len(memory) // 4]
+    early, late = max(warm), max(memory[-len(warm) :])
+    print(f"{dict(outcomes)}; {counts}; all slots free: {is_free}")
+    print(f"memory in MiB: {' '.join(f'{value:.0f}' for value in memory[:: max(len(memory) // 20, 1)])}")
+    print(f"{early:.0f} MiB before a quarter of the time, {late:.0f} MiB in the end ({late / early - 1:+.1%})")
+    assert set(outcomes) <= {"answered", "left", "429"} and outcomes["answered"] and outcomes["left"]
+    assert is_free and not counts.failed and late <= early * (1 + MOST_GROWTH)
 
 
 def main() -> None:

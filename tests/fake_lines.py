@@ -12,6 +12,7 @@ FIGURES = {
     "launches": None,
     "synchronizations": None,
     "forwards_per_token": None,
+    "kernels": [],
 }
 
 

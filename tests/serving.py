@@ -1,13 +1,15 @@
-"""A tiny model and its tokenizer behind a server on the loopback interface."""
+"""Tiny models in an engine, and behind a server on the loopback interface; requests of the engine."""
 
+import time
 from contextlib import contextmanager
 
 import torch
-from adapted import byte_tokenizer
+from adapted import adapted_lm, byte_tokenizer
 from conftest import random_model
 
 from bd3lm_hf.serving.api import make_app
 from bd3lm_hf.serving.engine import Engine, EngineLimits
+from bd3lm_hf.serving.requests import Ended, Failed, Request, Written
 from bd3lm_hf.serving.running import BackgroundServer
 
 
@@ -34,8 +36,66 @@ def make_tiny(logit_std=4.0, **overrides):
 
 
 @contextmanager
-def running(model, tokenizer, limits=None, api_key=KEY, **options):
+def running(model, tokenizer, limits=None, api_key=KEY, adapters=None, **options):
     """A server of a model: the engine, and the address of its API."""
-    engine = Engine(model, limits or EngineLimits(num_slots=4, max_length=256))
+    engine = Engine(model, limits or EngineLimits(num_slots=4, max_length=256), adapters)
     with BackgroundServer(make_app(engine, tokenizer, NAME, api_key, **options)) as server:
         yield engine, server.url
+
+
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 7, "pad_token_id": 0}
+# The embedding of this token is no number in `test_a_request_fails_alone`.
+BROKEN = 13
+
+
+def make_model(**overrides):
+    return random_model(attn_implementation="sdpa", vocab_size=101, max_position_embeddings=64, **SPECIAL, **overrides)
+
+
+def make_adapted(overrides=None, **options):
+    # Positions are the network's own, and rotary ones go on.
+    fields = {"vocab_size": 101, "max_position_embeddings": 1024, **SPECIAL, **(overrides or {})}
+    return adapted_lm(overrides=fields, block_size=4, **options)
+
+
+def ask(input_ids, max_new_tokens=8, seed=0, **options):
+    """A request, and the list of events that it is told."""
+    events = []
+    wants = {name: options.pop(name) for name in ("wants_reveal", "wants_drafts") if name in options}
+    return Request(input_ids, max_new_tokens, events.append, {"seed": seed, **options}, **wants), events
+
+
+def prompt(rng, length):
+    return [rng.choice([token for token in range(1, 99) if token != BROKEN]) for _ in range(length)]
+
+
+def alone(model, request):
+    """What `generate` writes for a request alone: its new tokens."""
+    length = {"max_new_tokens": request.max_new_tokens} if request.max_new_tokens else {}
+    text = model.generate(torch.tensor([request.input_ids]), **length, **request.options)[0].tolist()
+    return text if request.options.get("infill") else text[len(request.input_ids) :]
+
+
+def run_all(engine, most_steps=10_000):
+    """Steps until nobody waits or writes."""
+    for _ in range(most_steps):
+        if not (engine.num_waiting or engine.num_running):
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def check(model, request, events):
+    wanted = alone(model, request)
+    assert isinstance(events[-1], Ended) and events[-1].token_ids == wanted
+    written = [token for event in events if isinstance(event, Written) for token in event.token_ids]
+    assert written == wanted or request.options.get("infill")
+
+
+def wait_for_end(events, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if events and isinstance(events[-1], (Ended, Failed)):
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"no end came, but {events}")

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -450,8 +451,11 @@ def test_the_commands_of_the_page_on_the_app_run(checkpoint, monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     launched = []
     monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **options: launched.append(page.title))
-    assert [main(words) for words in commands(DOCS / "app.md")] == [0, 0]
-    assert launched == ["bd3lm-demo: block diffusion"] and (tmp_path / "my-space" / "app.py").is_file()
+    card = {"id": "of a server", "block_size": 4, "max_model_len": 64}
+    monkeypatch.setattr("bd3lm_hf.app.remote.Client", lambda url, *_: SimpleNamespace(url=url, card=card))
+    assert [main(words) for words in commands(DOCS / "app.md")] == [0, 0, 0]
+    assert launched == ["bd3lm-demo: block diffusion", "of a server: block diffusion"]
+    assert (tmp_path / "my-space" / "app.py").is_file()
 
 
 def test_without_gradio_the_error_names_the_extra(monkeypatch):

@@ -1,5 +1,6 @@
 """OpenAI's own client against the server: every answer is the one that `generate` gives alone."""
 
+import http.client
 import json
 import random
 import time
@@ -141,7 +142,7 @@ def test_n_choices_have_the_seeds_that_follow_and_several_prompts_their_order(ti
 def test_a_text_ends_before_the_first_stop_string(tiny, client, stream):
     ids = encode(tiny[1], "stop here")
     without = {str(token): -100 for token in tiny[1].all_special_ids}
-    bias = [[[int(token)], -100.0] for token in without]
+    bias = {(int(token),): -100.0 for token in without}
     new = alone(tiny, ids, max_new_tokens=60, seed=3, sequence_bias=bias)
     whole = text_of(tiny, new)
     pairs = [text_of(tiny, new[index : index + 2]) for index in range(12, 50)]
@@ -163,7 +164,7 @@ def test_a_text_ends_before_the_first_stop_string(tiny, client, stream):
 def test_eos_ends_a_text_and_the_length_does_too(tiny, client):
     ids, eos = encode(tiny[1], "end"), tiny[1].eos_token_id
     bias = {str(eos): 20.0}
-    wanted = alone(tiny, ids, max_new_tokens=60, seed=1, sequence_bias=[[[eos], 20.0]])
+    wanted = alone(tiny, ids, max_new_tokens=60, seed=1, sequence_bias={(eos,): 20.0})
     assert wanted[-1] == eos and 1 < len(wanted) < 60
     answer = client.completions.create(model=NAME, prompt="end", max_tokens=60, seed=1, logit_bias=bias)
     assert answer.choices[0].finish_reason == "stop" and answer.choices[0].text == text_of(tiny, wanted)
@@ -235,10 +236,13 @@ def test_a_client_that_leaves_frees_its_slot(tiny, client, server):
     wait_until(lambda: engine.num_running == 0)
     assert engine.counts.cancelled == before + 4
     # One who waits for a whole answer may leave, too.
-    body = {"model": NAME, "prompt": "x", "max_tokens": 250, "n": 8}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{url}/v1/completions", json=body, headers=HEADERS, timeout=0.02)
+    body = json.dumps({"model": NAME, "prompt": "x", "max_tokens": 250, "n": 8})
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.request("POST", "/v1/completions", body, HEADERS)
+    wait_until(lambda: engine.num_running == 8)
+    connection.close()
     wait_until(lambda: engine.num_running == engine.num_waiting == 0)
+    assert engine.counts.cancelled == before + 4 + 8
 
 
 def test_past_the_queue_there_is_429_and_later_room_again(tiny):
@@ -284,6 +288,16 @@ def test_what_fails_on_the_server_says_so_and_no_more(tiny):
         (
             {"block_diffusion": {"sampler": "confidence", "denoising_steps": 2, "confidence_threshold": 0.5}},
             "`denoising_steps` and `confidence_threshold` are two rules",
+        ),
+        ({"block_diffusion": {"min_new_tokens": 17}}, "`min_new_tokens` must be at most `max_tokens`, 16, but got 17"),
+        # A few bytes that ask for more than there is memory.
+        (
+            {"prompt": "a__b__", "block_diffusion": {"infill": {"placeholder": "_", "gap_length": 2**31 - 1}}},
+            f"`gap_length` must be of at most 256 tokens together, but got {4 * (2**31 - 1)}",
+        ),
+        (
+            {"prompt": "[MASK]", "block_diffusion": {"infill": {"gap_length": [2**31 - 1]}}},
+            "`gap_length` must be of at most 256 tokens together",
         ),
         ({"block_diffusion": {"infill": True}}, "`inputs` must mark gaps by '[MASK]', but got a text without one"),
     ],

@@ -1,12 +1,11 @@
 """The engine gives each request what `generate` gives for it alone, and lets requests in and out at any forward."""
 
 import random
-import time
 
 import pytest
 import torch
-from adapted import adapted_lm
-from conftest import random_model
+from serving import BROKEN, ask, check, make_adapted, make_model, prompt, run_all, wait_for_end
+from transformers import StoppingCriteriaList
 
 from bd3lm_hf.serving.engine import Engine, EngineLimits
 from bd3lm_hf.serving.requests import Began, Draft, Ended, Failed, QueueFull, Request, Written
@@ -24,19 +23,6 @@ SAMPLERS = (
     {"sequence_bias": [[[5], 4.0], [[9, 11], -3.0]]},
     {"repetition_penalty": 1.3, "min_new_tokens": 6},
 )
-SPECIAL = {"bos_token_id": 0, "eos_token_id": 7, "pad_token_id": 0}
-# The embedding of this token is no number in `test_a_request_fails_alone`.
-BROKEN = 13
-
-
-def make_model(**overrides):
-    return random_model(attn_implementation="sdpa", vocab_size=101, max_position_embeddings=64, **SPECIAL, **overrides)
-
-
-def make_adapted(**options):
-    # Positions are the network's own, and rotary ones go on.
-    fields = {"vocab_size": 101, "max_position_embeddings": 1024, **SPECIAL}
-    return adapted_lm(overrides=fields, block_size=4, **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,43 +30,9 @@ def model():
     return make_model()
 
 
-def ask(input_ids, max_new_tokens=8, seed=0, **options):
-    """A request, and the list of events that it is told."""
-    events = []
-    wants = {name: options.pop(name) for name in ("wants_reveal", "wants_drafts") if name in options}
-    return Request(input_ids, max_new_tokens, events.append, {"seed": seed, **options}, **wants), events
-
-
-def prompt(rng, length):
-    return [rng.choice([token for token in range(1, 99) if token != BROKEN]) for _ in range(length)]
-
-
-def alone(model, request):
-    """What `generate` writes for a request alone: its new tokens."""
-    length = {"max_new_tokens": request.max_new_tokens} if request.max_new_tokens else {}
-    text = model.generate(torch.tensor([request.input_ids]), **length, **request.options)[0].tolist()
-    return text if request.options.get("infill") else text[len(request.input_ids) :]
-
-
-def run_all(engine, most_steps=10_000):
-    """Steps until nobody waits or writes."""
-    for _ in range(most_steps):
-        if not (engine.num_waiting or engine.num_running):
-            return
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
-
-
-def check(model, request, events):
-    wanted = alone(model, request)
-    assert isinstance(events[-1], Ended) and events[-1].token_ids == wanted
-    written = [token for event in events if isinstance(event, Written) for token in event.token_ids]
-    assert written == wanted or request.options.get("infill")
-
-
 @pytest.mark.parametrize("kind", ["time_conditioning", "window and eager", "shifted", "causal and not shifted"])
 @torch.no_grad()
-def test_every_text_is_the_one_that_generate_writes_alone(kind):
+def test_every_text_is_the_one_that_generate_writes_alone(kind, caplog):
     if "shifted" in kind:
         fields = {"clean_attention": "causal"} if "causal" in kind else {}
         model = make_adapted(shift_logits="not" not in kind, **fields)
@@ -111,7 +63,8 @@ def test_every_text_is_the_one_that_generate_writes_alone(kind):
     for request, events in asked:
         check(model, request, events)
     assert engine.counts.ended == len(asked)
-    # Forwards were shared.
+    # Forwards were shared, none of which failed and was run for each.
+    assert not caplog.records
     assert engine.counts.forwards < 0.7 * engine.counts.row_forwards
 
 
@@ -150,15 +103,6 @@ def test_nobody_waits_for_an_engine_that_stopped(model, part, monkeypatch):
         assert not engine.is_alive
         with pytest.raises(QueueFull):
             engine.submit(ask([1])[0])
-
-
-def wait_for_end(events, seconds=60):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if events and isinstance(events[-1], (Ended, Failed)):
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"no end came, but {events}")
 
 
 @torch.no_grad()
@@ -353,7 +297,7 @@ def test_a_forward_that_fails_for_one_is_run_again_for_the_others(model, monkeyp
     forward = engine._slots.forward
 
     def fails(calls):
-        if any(call.cache.cache is doomed for call in calls):
+        if any(doomed in call.caches for call in calls):
             raise RuntimeError("out of memory")
         return forward(calls)
 
@@ -406,3 +350,26 @@ def test_limits_and_models_that_can_not_be_served_are_refused(model):
     flex.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="must be 'sdpa' or 'eager' to serve, but got 'flex_attention'"):
         Engine(flex)
+
+
+@torch.no_grad()
+def test_what_can_not_even_begin_or_end_fails_alone(model):
+    class Once:
+        """A criterion of one's own that fails once the text is written."""
+
+        def __call__(self, input_ids, scores, **kwargs):
+            if scores is None and input_ids.shape[1] == 2 + 8:
+                self.calls = getattr(self, "calls", 0) + 1
+                if self.calls == 2:
+                    raise RuntimeError("asked twice")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    engine = Engine(model, EngineLimits(num_slots=3, max_length=64))
+    no_ids, no_id_events = ask([2**70, 1], 4)
+    criterion, criterion_events = ask([1, 2], 8, stopping_criteria=StoppingCriteriaList([Once()]), eos_token_id=100)
+    fine, events = ask([1, 2], 12)
+    engine.submit(no_ids, criterion, fine)
+    run_all(engine)
+    assert isinstance(no_id_events[-1], Failed) and isinstance(criterion_events[-1], Failed)
+    check(model, fine, events)
+    assert len(engine._slots.free) == 3

@@ -11,11 +11,15 @@ import time
 
 import httpx
 import pytest
+import torch
+from pydantic import ValidationError
 from serving import KEY, NAME, make_tiny
 
 from bd3lm_hf.cli import main
 from bd3lm_hf.serving.api import ServerLimits, make_app
 from bd3lm_hf.serving.engine import Engine, EngineLimits
+from bd3lm_hf.serving.protocol import CompletionRequest
+from bd3lm_hf.serving.running import BackgroundServer
 
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/infill")
@@ -103,6 +107,15 @@ def test_2000_malformed_requests_get_4xx_and_the_server_goes_on():
     assert (engine.num_running, engine.counts.failed, engine.counts.ended) == (0, 0, 3)
 
 
+def test_the_likelihood_of_a_prompt_is_refused():
+    # lm-evaluation-harness would take what is told of new tokens for it.
+    body = {"model": NAME, "prompt": "hi", "max_tokens": 1, "echo": True}
+    for logprobs in (1, True):
+        with pytest.raises(ValidationError, match="`logprobs` must be 0 with `echo`"):
+            CompletionRequest.model_validate(body | {"logprobs": logprobs})
+    assert CompletionRequest.model_validate(body | {"logprobs": 0}).echo
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"
@@ -116,6 +129,63 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def test_the_command_serves_what_it_is_given(folder, monkeypatch, capsys):
+    answers = []
+
+    def serve(app, listening):
+        with BackgroundServer(app) as server, httpx.Client(base_url=server.url, headers=HEADERS) as client:
+            body = {"model": "small", "prompt": "x", "seed": 1, "max_tokens": 4}
+            answers.append(client.post("/v1/completions", json=body, timeout=60))
+            answers.append(client.get("/v1/models"))
+            answers.append(client.post("/v1/completions", content=b" " * 3000))
+            answers.append(httpx.get(f"{server.url}/v1/models"))
+
+    monkeypatch.setattr("bd3lm_hf.serving.running.serve", serve)
+    monkeypatch.setenv("BD3LM_API_KEY", KEY)
+    flags = ["--name", "small", "--port", str(free_port()), "--max_length", "99", "--max_body", "2000"]
+    assert main(["serve", str(folder), *flags, "--device", "cpu"]) == 0
+    assert [answer.status_code for answer in answers] == [200, 200, 413, 401]
+    assert answers[0].json()["usage"]["completion_tokens"] == 4
+    assert answers[1].json()["data"][0]["max_model_len"] == 99
+    assert "small is served at http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_a_client_that_does_not_read_misses_drafts_and_no_text():
+    engine = Engine(model := make_tiny()[0], EngineLimits(num_slots=1, max_length=256))
+    app, sent = make_app(engine, make_tiny()[1], NAME), []
+    body = {"model": NAME, "prompt": "x", "max_tokens": 240, "seed": 1, "stream": True, "logit_bias": {"1": -100}}
+    body["block_diffusion"] = {"stream_drafts": True}
+    scope = {"type": "http", "method": "POST", "path": PATHS[1], "headers": [], "query_string": b""}
+
+    async def ask():
+        may_read, came = asyncio.Event(), [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+        async def receive():
+            return came.pop() if came else await asyncio.Event().wait()
+
+        async def send(message):
+            await may_read.wait()
+            sent.append(message)
+
+        asked = asyncio.ensure_future(app({**scope, "http_version": "1.1", "raw_path": b""}, receive, send))
+        while not engine.counts.ended:
+            await asyncio.sleep(0.01)
+        may_read.set()
+        await asked
+
+    with engine:
+        asyncio.run(ask())
+    lines = b"".join(message.get("body", b"") for message in sent).decode().split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert 32 < sum("block_diffusion" in choice for choice in choices) < 100
+    bias = {"sequence_bias": [[[1], -100.0]]}
+    ids = torch.tensor([[make_tiny()[1].bos_token_id, *make_tiny()[1]("x", add_special_tokens=False)["input_ids"]]])
+    new = model.generate(ids, max_new_tokens=240, seed=1, **bias)[0, ids.shape[1] :]
+    assert "".join(choice["text"] for choice in choices) == make_tiny()[1].decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(folder):
     port = free_port()
     command = [sys.executable, "-m", "bd3lm_hf.cli", "serve", str(folder), "--port", str(port), "--num_slots", "2"]

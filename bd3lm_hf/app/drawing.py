@@ -120,6 +120,25 @@ def draw_text(
     return f'<div class="bd3lm"><div class="bd3lm-text">{"".join(blocks)}</div></div>'
 
 
+def draw_plain(parts: Sequence[tuple[str, bool]], mask_token: str) -> str:
+    """Texts and whether each is given, as HTML: a server tells the text alone, and what of it is masked."""
+    masked = '<span class="masked"></span>'
+    drawn = []
+    for text, is_given in parts:
+        pieces = masked.join(_shown(piece) if piece else "" for piece in text.split(mask_token))
+        drawn.append(f'<span class="{"given" if is_given else "block"}">{pieces}</span>' if pieces else "")
+    return f'<div class="bd3lm"><div class="bd3lm-text">{"".join(drawn)}</div></div>'
+
+
+def draw_cards(figures: dict[str, Any], note: str = "") -> str:
+    """Figures by their names, as cards, and a note of HTML below."""
+    cards = "".join(
+        f'<div><div class="value">{value if value != "" else "&nbsp;"}</div><div class="name">{name}</div></div>'
+        for name, value in figures.items()
+    )
+    return f'<div class="bd3lm"><div class="bd3lm-figures">{cards}</div>{note}</div>'
+
+
 def _runs(flags: Sequence[bool]) -> list[list[int]]:
     """The indices of True, in runs of neighbours."""
     runs: list[list[int]] = []
@@ -185,10 +204,6 @@ def draw_figures(frame: Frame, likelihood: Likelihood | None = None, *, mask_tok
         "perplexity": "" if likelihood is None else _perplexity(likelihood),
         "seed": seed,
     }
-    cards = "".join(
-        f'<div><div class="value">{value if value != "" else "&nbsp;"}</div><div class="name">{name}</div></div>'
-        for name, value in figures.items()
-    )
     note = ""
     if likelihood is not None:
         kind = "an upper bound, the NELBO of " if likelihood.is_bound else ""
@@ -199,7 +214,7 @@ def draw_figures(frame: Frame, likelihood: Likelihood | None = None, *, mask_tok
             '<div class="bd3lm-note">Perplexity of the new tokens under the model itself, given the others: '
             f"{kind}{likelihood.nelbo:.3f} nats per token, {how}.</div>"
         )
-    return f'<div class="bd3lm"><div class="bd3lm-figures">{cards}</div>{note}</div>'
+    return draw_cards(figures, note)
 
 
 def _perplexity(likelihood: Likelihood) -> str:

@@ -53,7 +53,7 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
                         max_new_tokens = gr.Slider(
                             1, longest, min(64, longest), step=1, label="New tokens", elem_id="max_new_tokens"
                         )
-                        write, stop_writing = _buttons("write", "Write")
+                        write, stop_writing = buttons("write", "Write")
                     with gr.Tab("Fill gaps"):
                         gapped = gr.Textbox(
                             label="Text with gaps",
@@ -64,8 +64,8 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
                             elem_id="gapped",
                         )
                         gap_length = gr.Slider(1, 32, 4, step=1, label="Tokens per gap", elem_id="gap_length")
-                        fill, stop_filling = _buttons("fill", "Fill")
-                choices = _choices(config.block_size)
+                        fill, stop_filling = buttons("fill", "Fill")
+                choices = choices_of(config.block_size)
             with gr.Column(scale=3, min_width=400):
                 text = gr.HTML(HINT, elem_id="text", elem_classes="bd3lm-bare")
                 legend = gr.HTML(draw_legend(config.block_size), elem_id="legend", elem_classes="bd3lm-bare")
@@ -89,14 +89,15 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
     return page.queue(max_size=MOST_WAITING)
 
 
-def _buttons(elem_id: str, label: str) -> tuple[gr.Button, gr.Button]:
+def buttons(elem_id: str, label: str) -> tuple[gr.Button, gr.Button]:
+    """One that starts, and one that stops."""
     with gr.Row():
         start = gr.Button(label, variant="primary", scale=3, min_width=120, elem_id=elem_id)
         stop = gr.Button("Stop", scale=1, min_width=80, elem_id=f"stop_{elem_id}")
     return start, stop
 
 
-def _choices(block_size: int) -> list[Any]:
+def choices_of(block_size: int) -> list[Any]:
     """What `Writer` takes as choices, in its order; an argument is shown with the samplers that take it."""
     sampler = gr.Radio(
         list(SAMPLERS), value="first_hitting", label="Sampler", info=SAMPLERS["first_hitting"], elem_id="sampler"

@@ -102,36 +102,9 @@ class Writer:
         special_ids = sorted(set(self.tokenizer.all_special_ids))
         yield from self._show(input_ids, {"infill": True, "suppress_tokens": special_ids}, *choices)
 
-    def _show(
-        self,
-        input_ids: torch.Tensor,
-        options: dict[str, Any],
-        sampler: str,
-        denoising_steps: str,
-        remask_cap: float,
-        confidence_threshold: str,
-        entropy_bound: float,
-        temperature: float,
-        top_p: float,
-        seed: str,
-        pause: float,
-    ) -> Iterator[Shown]:
-        config = self.model.config
-        steps = number_of("denoising_steps", denoising_steps, int)
-        if sampler in TAKEN_BY["denoising_steps"] and steps is not None and steps > MOST_STEPS:
-            raise ValueError(f"`denoising_steps` must be at most {MOST_STEPS} here, but got {steps}.")
-        arguments = {
-            "denoising_steps": steps,
-            "remask_cap": remask_cap or None,
-            "confidence_threshold": number_of("confidence_threshold", confidence_threshold, float),
-            "entropy_bound": entropy_bound,
-        }
-        options = {**options, "sampler": sampler, "seed": number_of("seed", seed, int)}
-        options |= {name: value for name, value in arguments.items() if sampler in TAKEN_BY[name]}
-        options |= {"temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-        if options["seed"] is None:
-            options["seed"] = random.randint(0, LARGEST_SEED)
-
+    def _show(self, input_ids: torch.Tensor, options: dict[str, Any], *choices: Any) -> Iterator[Shown]:
+        *chosen, pause = choices
+        config, options = self.model.config, options | options_of(*chosen)
         forwards_per_block = most_forwards(config.block_size, options)
         legend = draw_legend(forwards_per_block)
         begins_with_bos = input_ids[0, :1].tolist() == [self.tokenizer.bos_token_id]
@@ -151,6 +124,39 @@ class Writer:
             yield draw(frame), legend, figures(frame)
         likelihood = likelihood_of_new_tokens(self.model, frame.tokens, ~frame.is_given)
         yield draw(frame), legend, figures(frame, likelihood)
+
+
+def options_of(
+    sampler: str,
+    denoising_steps: str,
+    remask_cap: float,
+    confidence_threshold: str,
+    entropy_bound: float,
+    temperature: float,
+    top_p: float,
+    seed: str,
+) -> dict[str, Any]:
+    """
+    The arguments of `generate` that the page's choices mean, with a seed.
+
+    Raises:
+        ValueError: a choice is no number, or too large for a page.
+    """
+    steps = number_of("denoising_steps", denoising_steps, int)
+    if sampler in TAKEN_BY["denoising_steps"] and steps is not None and steps > MOST_STEPS:
+        raise ValueError(f"`denoising_steps` must be at most {MOST_STEPS} here, but got {steps}.")
+    arguments = {
+        "denoising_steps": steps,
+        "remask_cap": remask_cap or None,
+        "confidence_threshold": number_of("confidence_threshold", confidence_threshold, float),
+        "entropy_bound": entropy_bound,
+    }
+    options = {"sampler": sampler, "seed": number_of("seed", seed, int)}
+    options |= {name: value for name, value in arguments.items() if sampler in TAKEN_BY[name]}
+    options |= {"temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    if options["seed"] is None:
+        options["seed"] = random.randint(0, LARGEST_SEED)
+    return options
 
 
 def check_at_most(limit: int, unit: str, **sizes: int) -> None:

@@ -16,7 +16,7 @@ Block diffusion language models: train, evaluate, sample, publish and convert th
   bd3lm demo       train a small model on the Python standard library and watch it write (5 minutes on 2 CPU cores)
   bd3lm train      train a model on a text file, a folder, a Hub dataset or the built-in corpus
   bd3lm evaluate   perplexity and bits per byte of a text under a model
-  bd3lm generate   continue prompts
+  bd3lm generate   continue prompts, or the rows of a file
   bd3lm serve      answer many clients at once, by OpenAI's API
   bd3lm quality    perplexity under a judge, entropy, diversity and lengths of samples
   bd3lm push       publish a trained model on the Hub, with a model card

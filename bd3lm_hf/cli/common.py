@@ -1,7 +1,8 @@
 """What the commands share."""
 
 import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -50,9 +51,9 @@ def make_parser(command: str, description: str, parser_class: type[argparse.Argu
     return parser
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what [`load_model`] reads."""
-    parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a checkpoint.")
+def add_model_arguments(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """Adds what [`load_model`] reads; with "?" as `nargs` it may do without a model."""
+    parser.add_argument("model", metavar="MODEL", nargs=nargs, help="Folder or Hub id of a checkpoint.")
     parser.add_argument("--tokenizer", help="Folder or Hub id of a tokenizer. (default: the one beside the model)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator, if there is one)")
     parser.add_argument(
@@ -76,6 +77,26 @@ def load_model(args: argparse.Namespace):
     model = load_language_model(args.model, device=device, dtype=args.dtype, **options)
     check_tokenizer(tokenizer, model.config)
     return model, tokenizer
+
+
+def loader_of(args: argparse.Namespace) -> Callable[[], tuple]:
+    """[`load_model`] of these arguments for a process of another working folder, which may be on another machine."""
+    names = ("model", "tokenizer", "device", "dtype", "attn_implementation")
+    source = argparse.Namespace(**{name: getattr(args, name) for name in names})
+    for name in ("model", "tokenizer"):
+        path = getattr(source, name)
+        if path is not None and Path(path).exists():
+            setattr(source, name, str(Path(path).resolve()))
+    return functools.partial(load_model, source)
+
+
+def import_ray() -> None:
+    """Raises an ImportError that names the extra where Ray is missing."""
+    try:
+        import ray.data
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"--ray needs an extra: pip install 'bd3lm-hf[ray]' ({error})") from error
 
 
 def choose_device(args: argparse.Namespace):

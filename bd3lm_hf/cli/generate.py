@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .bulk import add_bulk_arguments, check_bulk_arguments, run_bulk
 from .common import add_model_arguments, given, load_model, make_parser
 from .errors import is_terminal
 
@@ -14,14 +15,17 @@ DESCRIPTION = """\
 Continue prompts, block by block.
 
 Prompts come from the command line, or one per line from stdin; without any, the model starts from nothing. A single
-prompt in a terminal is shown as it is denoised.
+prompt in a terminal is shown as it is denoised. With --data they are rows of a file; a run that was interrupted goes
+on where it was, by the same command.
 
 examples:
   bd3lm generate bd3lm-demo "def main():"
   bd3lm generate bd3lm-demo "import os" --max_new_tokens 100 --temperature 0.8 --top_p 0.9 --seed 1
   bd3lm generate bd3lm-demo --sampler confidence --confidence_threshold 0.9 "class Parser:"
   bd3lm generate bd3lm-demo --infill "def main([MASK][MASK][MASK]):"
-  bd3lm generate bd3lm-demo --json < prompts.txt > texts.jsonl"""
+  bd3lm generate bd3lm-demo --json < prompts.txt > texts.jsonl
+  bd3lm generate bd3lm-demo --data prompts.jsonl --output texts.jsonl --seed 1
+  bd3lm generate bd3lm-demo --data prompts.jsonl --output texts.jsonl --ray --replicas 8"""
 
 MAX_NEW_TOKENS = 256
 # Arguments of `generate` that are passed on as they are; the model's generation configuration owns their defaults.
@@ -74,9 +78,11 @@ def run(argv: Sequence[str]) -> None:
         help="Show the text as it is denoised. (default: for a single text in a terminal)",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object per text: prompt and text.")
+    add_bulk_arguments(parser)
     args = parser.parse_intermixed_args(argv)
 
-    prompts = read_prompts(args.prompts)
+    check_bulk_arguments(args)
+    prompts = read_prompts(args.prompts) if args.data is None else []
     single = len(prompts) == 1 and args.num_return_sequences in (None, 1) and not args.json
     if args.stream and not single:
         raise ValueError(f"stream takes a single text without --json; it got {len(prompts)} prompts")
@@ -84,16 +90,20 @@ def run(argv: Sequence[str]) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
 
-    from transformers import set_seed
-
-    model, tokenizer = load_model(args)
-    if args.seed is not None:
-        set_seed(args.seed)
     options = given(args, ["do_sample", *GENERATION_ARGUMENTS])
     if args.infill:
         options |= {"infill": True, **given(args, ["max_new_tokens"])}
     else:
         options["max_new_tokens"] = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    if args.data is not None:
+        run_bulk(args, options)
+        return
+
+    from transformers import set_seed
+
+    model, tokenizer = load_model(args)
+    if args.seed is not None:
+        set_seed(args.seed)
     if args.stream if args.stream is not None else single and is_terminal(sys.stdout):
         stream_text(model, tokenizer, prompts, options)
         return

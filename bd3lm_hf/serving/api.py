@@ -18,16 +18,16 @@ from . import requests
 from .answers import Answer, ApiError, Job, server_sent
 from .engine import Engine
 from .metrics import Metrics
-from .protocol import ChatRequest, CompletionRequest, InfillRequest, SamplingRequest
-from .requests import Ended, Failed, QueueFull
+from .protocol import ChatRequest, CompletionRequest, InfillRequest, SamplingRequest, fault_of
+from .requests import Draft, Ended, Failed, QueueFull
 from .texts import Texts
 
 
 logger = logging.getLogger(__name__)
 # Without a key: what asks whether a server is alive has none.
 OPEN_PATHS = ("/health",)
-# How often somebody who waits for a whole answer is looked after, in seconds.
-PATIENCE = 0.5
+# Events of an answer that its client has not read yet, from which on drafts are left out.
+MOST_UNREAD = 64
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -57,12 +57,15 @@ class Server:
     Args:
         engine: writes the texts.
         tokenizer: the model's.
-        name: what clients call the model.
+        name: what clients call the model; with one of its adapters it is `name:adapter`.
         limits: what a request may ask for.
     """
 
     def __init__(self, engine: Engine, tokenizer: Any, name: str, limits: ServerLimits = ServerLimits()):
         self.engine, self.name, self.limits = engine, name, limits
+        # By the names that clients know, the adapter that is meant.
+        adapters = () if engine.adapters is None else engine.adapters.names
+        self._names = {name: None, **{f"{name}:{adapter}": adapter for adapter in adapters}}
         self.texts, self.metrics = Texts(engine.model, tokenizer), Metrics(engine)
 
     async def chat(self, http: Request) -> Response:
@@ -79,12 +82,12 @@ class Server:
 
     async def models(self) -> dict[str, Any]:
         """`GET /v1/models`."""
-        return {"object": "list", "data": [self._card()]}
+        return {"object": "list", "data": [self._card(name) for name in self._names]}
 
     async def model(self, name: str) -> dict[str, Any]:
         """`GET /v1/models/NAME`."""
         self._check_name(name)
-        return self._card()
+        return self._card(name)
 
     async def health(self) -> JSONResponse:
         """`GET /health`."""
@@ -95,13 +98,15 @@ class Server:
         """`GET /metrics`."""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         sizes = {"max_model_len": self.engine.limits.max_length, "block_size": self.engine.model.config.block_size}
-        return {"id": self.name, "object": "model", "created": 0, "owned_by": "bd3lm-hf", **sizes}
+        tokenizer = self.texts.tokenizer
+        facts = {"mask_token": tokenizer.mask_token, "has_chat_template": tokenizer.chat_template is not None}
+        return {"id": name, "object": "model", "created": 0, "owned_by": "bd3lm-hf", **sizes, **facts}
 
     def _check_name(self, name: str) -> None:
-        if name != self.name:
-            message = f"`model` must be {self.name!r}, but got {name[:80]!r}."
+        if name not in self._names:
+            message = f"`model` must be {' or '.join(map(repr, self._names))}, but got {name[:80]!r}."
             raise ApiError(404, message, "model_not_found", "model")
 
     async def _read(self, http: Request, kind: type[Model]) -> Model:
@@ -123,27 +128,36 @@ class Server:
         loop = asyncio.get_running_loop()
 
         def listen(index: int, event: Any) -> None:
+            # Drafts that come after it tell what a slow client has missed.
+            if isinstance(event, Draft) and events.qsize() >= MOST_UNREAD:
+                return
             loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         try:
             jobs, num_prompts = await run_in_threadpool(self._jobs, asked, listen)
             answer = Answer(
-                self.texts, self.name, jobs, num_prompts, isinstance(asked, ChatRequest), _wants_logprobs(asked)
+                self.texts, asked.model, jobs, num_prompts, isinstance(asked, ChatRequest), _wants_logprobs(asked)
             )
             self.engine.submit(*(job.request for job in jobs))
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except QueueFull as error:
+            if not self.engine.is_alive:
+                raise ApiError(503, "The server is stopping.", "stopped") from error
             raise ApiError(429, "Too many requests wait; try again later.", "queue_full") from error
+        gone = asyncio.ensure_future(_until_gone(http))
         try:
-            first = await self._next(http, events)
+            first = await self._next(events, gone)
             if asked.stream:
                 return _Events(self._stream(answer, events, first, asked), jobs)
-            await self._collect(http, answer, events, first)
+            await self._collect(answer, events, first, gone)
             return JSONResponse(await run_in_threadpool(answer.whole))
         except BaseException:
             _cancel(jobs)
             raise
+        finally:
+            # A stream looks after its client itself.
+            gone.cancel()
 
     def _jobs(self, asked: SamplingRequest, listen: Any) -> tuple[list[Job], int]:
         """The choices that are asked for, and how many prompts they are of."""
@@ -165,7 +179,7 @@ class Server:
         texts, filled, echo = self.texts, None, ""
         gaps = asked.block_diffusion.infill
         if gaps:
-            inputs = texts.encode_gaps(prompt, gaps)
+            inputs = texts.encode_gaps(prompt, gaps, self.engine.limits.max_length)
             ids, max_new_tokens = inputs["input_ids"][0].tolist(), 0
             options = options | {"infill": True, "suppress_tokens": texts.special_ids}
 
@@ -178,6 +192,9 @@ class Server:
             ids, max_new_tokens = texts.encode(prompt), asked.max_tokens
             if asked.echo:
                 echo = prompt if isinstance(prompt, str) else texts.decode([], ids)
+        if (least := options.get("min_new_tokens", 0)) > max_new_tokens and not gaps:
+            # `generate` warns of each such pair of numbers anew.
+            raise ValueError(f"`min_new_tokens` must be at most `max_tokens`, {max_new_tokens}, but got {least}.")
         jobs = []
         for copy in range(asked.n):
             own = dict(options)
@@ -190,33 +207,37 @@ class Server:
                 options=own,
                 wants_reveal=_wants_logprobs(asked) or bool(gaps),
                 wants_drafts=asked.block_diffusion.stream_drafts,
+                adapter=self._names[asked.model],
             )
             self.metrics.watch(request)
             jobs.append(Job(request, texts.writer(ids, asked.stops), filled, echo))
         return jobs
 
-    async def _next(self, http: Request, events: asyncio.Queue) -> tuple[int, Any]:
-        """The next event; raises an error where a request failed or nobody waits any more."""
-        while True:
-            try:
-                index, event = await asyncio.wait_for(events.get(), PATIENCE)
-                break
-            except TimeoutError:
-                if await http.is_disconnected():
-                    raise ApiError(499, "The client left.") from None
+    async def _next(self, events: asyncio.Queue, gone: asyncio.Future) -> tuple[int, Any]:
+        """The next event; raises an error where a request failed, or the client is `gone`."""
+        wanted = asyncio.ensure_future(events.get())
+        try:
+            await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise ApiError(499, "The client left.")
+            index, event = wanted.result()
+        finally:
+            wanted.cancel()
         if isinstance(event, Failed):
             raise _failure(event)
         return index, event
 
-    async def _collect(self, http: Request, answer: Answer, events: asyncio.Queue, first: tuple[int, Any]) -> None:
+    async def _collect(
+        self, answer: Answer, events: asyncio.Queue, first: tuple[int, Any], gone: asyncio.Future
+    ) -> None:
         """Takes events until all choices have ended."""
         index, event = first
         while True:
-            if isinstance(event, Ended) or isinstance(event, requests.Written):
+            if isinstance(event, (Ended, requests.Written)):
                 answer.jobs[index].take(event)
             if all(job.ended is not None for job in answer.jobs):
                 return
-            index, event = await self._next(http, events)
+            index, event = await self._next(events, gone)
 
     async def _stream(self, answer: Answer, events: asyncio.Queue, first: tuple[int, Any], asked: SamplingRequest):
         """The server-sent events of an answer; an error ends them."""
@@ -251,6 +272,12 @@ class _Events(StreamingResponse):
             _cancel(self._jobs)
 
 
+async def _until_gone(http: Request) -> None:
+    """Returns once the client has closed its connection; its body is read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _cancel(jobs: list[Job]) -> None:
     for job in jobs:
         if job.ended is None:
@@ -271,9 +298,7 @@ def _failure(event: Failed) -> ApiError:
 
 def _told(error: ValidationError) -> ApiError:
     """The first fault of a body, in one line."""
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
+    place, message = fault_of(error)
     return ApiError(400, f"{place}: {message}" if place else message, "invalid_request", place or None)
 
 

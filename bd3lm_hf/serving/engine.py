@@ -4,6 +4,7 @@ import logging
 import random
 import threading
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -11,16 +12,16 @@ from typing import Any
 import torch
 
 from .. import kernels
-from .requests import Began, Ended, Failed, QueueFull, Request
+from .adapters import Adapters
+from .joint import Step, joint_steps
+from .requests import Began, Ended, Failed, QueueFull, Request, Stopped
 from .rows import Row
-from .slots import Call, Slots, groups_of
+from .slots import Call, ForwardCost, Slots, groups_of
 
 
 logger = logging.getLogger(__name__)
 LARGEST_SEED = 2**31 - 1
-# What one more forward costs, in tokens that it could have read: it reads all weights once more.
-OVERHEAD = {"cpu": 16}
-OVERHEAD_OF_ACCELERATORS = 512
+COST_ON_CPU, COST_ON_ACCELERATORS = ForwardCost(16, 512), ForwardCost(512)
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Engine:
     Attributes:
         model: a block diffusion language model in evaluation mode, whose attention is "sdpa" or "eager".
         limits: how much is taken on.
+        adapters: what requests may be written with. Those of different ones take turns by forward.
         counts: what was done so far.
 
     Raises:
@@ -103,6 +105,7 @@ class Engine:
 
     model: Any
     limits: EngineLimits = field(default_factory=EngineLimits)
+    adapters: Adapters | None = None
     counts: EngineCounts = field(default_factory=EngineCounts, init=False)
 
     def __post_init__(self):
@@ -116,7 +119,9 @@ class Engine:
         self._rows: list[Row] = []
         self._waiting: deque[Request] = deque()
         self._wake = threading.Condition()
-        self._is_closed = False
+        self._is_closed, self._oldest_first = False, False
+        # When each adapter had its last turn.
+        self._num_turns, self._last_turns = 0, {}
         self._thread = threading.Thread(target=self._run, name="bd3lm-engine", daemon=True)
 
     def __enter__(self) -> "Engine":
@@ -154,13 +159,17 @@ class Engine:
 
         Raises:
             QueueFull: there is no room for them.
-            ValueError: one of them is longer than a slot, or empty.
+            ValueError: one of them is longer than a slot, or empty, or of an adapter that is not there.
         """
         for request in requests:
             length = len(request.input_ids) + request.max_new_tokens
             if not request.input_ids or length > self.limits.max_length:
                 rule = f"1 to {self.limits.max_length} tokens with the {request.max_new_tokens} new ones"
                 raise ValueError(f"`prompt` must have {rule}, but got {len(request.input_ids)}.")
+            names = () if self.adapters is None else self.adapters.names
+            if request.adapter is not None and request.adapter not in names:
+                rule = f"one of {', '.join(names)}" if names else "None for a model without adapters"
+                raise ValueError(f"`adapter` must be {rule}, but got {request.adapter!r}.")
             if request.options.get("seed") is None:
                 request.options["seed"] = random.randint(0, LARGEST_SEED)
         with self._wake:
@@ -176,8 +185,10 @@ class Engine:
 
     def _run(self) -> None:
         num_rows, reason = self.limits.num_slots * self.model.config.block_size, "The engine is closed."
+        # What is packed is of one adapter, or none.
+        packed = kernels.packed(self.model, num_rows) if self.adapters is None else nullcontext()
         try:
-            with torch.no_grad(), kernels.packed(self.model, num_rows):
+            with torch.no_grad(), packed:
                 while self._is_wanted():
                     self.step()
         except Exception as error:
@@ -187,7 +198,7 @@ class Engine:
         with self._wake:
             self._is_closed = True
         for request in (*self._waiting, *(row.request for row in self._rows)):
-            request.tell(Failed(RuntimeError(reason), is_refused=False))
+            request.tell(Failed(Stopped(reason), is_refused=False))
         for row in self._rows:
             row.cancel()
         self._rows, self._waiting = [], deque()
@@ -200,17 +211,40 @@ class Engine:
             return not self._is_closed
 
     def step(self) -> None:
-        """Lets requests in and out, reads a piece of the long prompts, and runs a forward for all others."""
+        """
+        Lets requests in and out, reads a piece of the long prompts, and runs a forward for all others; of those of one
+        adapter, whose last turn is the longest ago.
+        """
         self._drop_cancelled()
         self._admit()
-        block_size = self.model.config.block_size
-        long = [row for row in self._rows if row.call.length > 2 * block_size]
-        if len(long) < len(self._rows):
-            # Others wait meanwhile. The first always: a piece may be longer than what is to be read at once.
-            lengths = accumulate(row.call.length for row in long)
-            long = long[: max(sum(length <= self.limits.prefill_tokens for length in lengths), 1)]
-        self._forward(long)
-        self._forward([row for row in self._rows if row.call.length <= 2 * block_size])
+        rows = self._rows_in_turn()
+        short = 2 * self.model.config.block_size
+        self._forward(self._prompts([row for row in rows if row.call.length > short], len(rows)))
+        self._forward([row for row in rows if row in self._rows and row.call.length <= short])
+
+    def _rows_in_turn(self) -> list[Row]:
+        if self.adapters is None:
+            return list(self._rows)
+        names = dict.fromkeys(row.request.adapter for row in self._rows)
+        adapter = min(names, key=lambda name: self._last_turns.get(name, -1), default=None)
+        self._num_turns += 1
+        self._last_turns[adapter] = self._num_turns
+        self.adapters.use(adapter)
+        return [row for row in self._rows if row.request.adapter == adapter]
+
+    def _prompts(self, rows: list[Row], num_rows: int) -> list[Row]:
+        """
+        Of the rows that read their prompts those that go on now; all where nobody else is written meanwhile. The first
+        always does, since a piece may be longer than what is to be read at once. That is the oldest and the shortest
+        in turn: so a short prompt does not wait for all of a long one, nor that for all short ones.
+        """
+        if len(rows) == num_rows:
+            return rows
+        self._oldest_first = not self._oldest_first
+        if not self._oldest_first:
+            rows = sorted(rows, key=lambda row: row.num_unread)
+        lengths = accumulate(row.call.length for row in rows)
+        return rows[: max(sum(length <= self.limits.prefill_tokens for length in lengths), 1)]
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -243,17 +277,14 @@ class Engine:
         return len(request.input_ids) + request.max_new_tokens
 
     def _begin(self, request: Request) -> None:
-        config = self.model.config
-        ids = torch.tensor(request.input_ids, device=self.model.device)
-        gaps = (ids == config.mask_token_id).nonzero()
-        num_clean = (int(gaps[0]) if len(gaps) else len(ids)) // config.block_size * config.block_size
-        # With shifted logits the last clean token predicts the next one, and so is read again.
-        num_clean = max(num_clean - (config.block_size if config.shift_logits else 0), 0)
-        cache, num_reused = self._slots.take(ids, num_clean)
+        cache = None
         try:
+            ids = torch.tensor(request.input_ids, device=self.model.device)
+            cache, num_reused = self._slots.take(ids, self._num_clean(ids), request.adapter)
             row = Row(self.model, request, cache)
         except Exception as error:
-            self._slots.give_back(cache, is_whole=False)
+            if cache is not None:
+                self._slots.give_back(cache, is_whole=False)
             self._fail(request, error, is_refused=isinstance(error, ValueError))
             return
         self.counts.prompt_tokens += len(ids)
@@ -261,25 +292,43 @@ class Engine:
         request.tell(Began())
         self._rows.append(row)
 
+    def _num_clean(self, ids: torch.Tensor) -> int:
+        """Tokens of a prompt [length] whose keys and values another request may have left."""
+        config = self.model.config
+        gaps = (ids == config.mask_token_id).nonzero()
+        num_clean = (int(gaps[0]) if len(gaps) else len(ids)) // config.block_size * config.block_size
+        # With shifted logits the last clean token predicts the next one, and so is read again.
+        return max(num_clean - (config.block_size if config.shift_logits else 0), 0)
+
     def _forward(self, rows: list[Row]) -> None:
         """Runs the forwards that rows wait for, and lets each go on."""
         row_of = {id(row.call): row for row in rows}
-        is_cpu = self.model.device.type == "cpu"
-        for calls in groups_of([row.call for row in rows], OVERHEAD["cpu"] if is_cpu else OVERHEAD_OF_ACCELERATORS):
-            for call, output in zip(calls, self._outputs(calls), strict=True):
+        cost = COST_ON_CPU if self.model.device.type == "cpu" else COST_ON_ACCELERATORS
+        for group in groups_of([row.call for row in rows], cost, 2 * self.model.config.block_size):
+            joints = joint_steps([part for part in group if isinstance(part, Step)])
+            calls = [part for part in group if isinstance(part, Call)]
+            outputs = self._outputs([*(joint.call for joint in joints), *calls])
+            for joint, output in zip(joints, outputs):
+                for step, error in zip(joint.steps, joint.resume(output), strict=True):
+                    self._go_on(row_of[id(step)], error)
+            for call, output in zip(calls, outputs[len(joints) :], strict=True):
                 self._go_on(row_of[id(call)], output)
 
     def _outputs(self, calls: list[Call]) -> list[Any]:
-        """What each call gets, an exception where its forward fails."""
+        """What each call gets, an exception where its forward fails; for one of several rows, a list of these."""
         try:
             outputs = self._slots.forward(calls)
             self.counts.forwards += 1
             return outputs
         except Exception as error:
-            if len(calls) == 1:
+            rows = calls[0].rows()
+            if len(calls) == len(rows) == 1:
                 return [error]
             # One of them is the reason, and the others shall not suffer from it.
-            return [self._outputs([call])[0] for call in calls]
+            logger.warning("A forward of several requests failed, and is run for each of them.", exc_info=error)
+            if len(calls) > 1:
+                return [self._outputs([call])[0] for call in calls]
+            return [[self._outputs([row])[0] for row in rows]]
 
     def _go_on(self, row: Row, output: Any) -> None:
         try:
@@ -293,7 +342,11 @@ class Engine:
             return
         if row.call is None:
             self._retire(row, is_whole=True)
-            self._end(row)
+            try:
+                self._end(row)
+            except Exception as error:
+                # Of a criterion of one's own, say.
+                self._fail(row.request, error)
 
     def _retire(self, row: Row, is_whole: bool) -> None:
         self._rows.remove(row)

@@ -2,17 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..modeling.configuration_bd3lm import NOISE_SCHEDULE_NAMES
-from ..modeling.generation_config_block_diffusion import BD3LMGenerationConfig
+from ..modeling.generation_block_diffusion import BD3LMGenerationConfig
 from ..modeling.prediction_block_diffusion import CONFIDENCES
 from ..modeling.samplers_block_diffusion import SAMPLERS
 
 
 # OpenAI's own for completions.
 DEFAULT_MAX_TOKENS = 16
-LARGEST_N, MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 4, 200, 300
+LARGEST_N, MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 16, 200, 300
 # A step that reveals nothing costs no forward, but time.
 MOST_STEPS = 1024
 
@@ -126,7 +126,7 @@ class SamplingRequest(Strict):
         if self.top_p is not None and self.temperature != 0:
             options["top_p"] = self.top_p
         if self.logit_bias:
-            options["sequence_bias"] = [[[int(token)], float(bias)] for token, bias in self.logit_bias.items()]
+            options["sequence_bias"] = {(int(token),): float(bias) for token, bias in self.logit_bias.items()}
             if outside := [token for token in self.logit_bias if int(token) >= vocab_size]:
                 raise ValueError(f"`logit_bias` must be of tokens in [0, {vocab_size}), but got {outside[0]}.")
         if self.seed is not None:
@@ -196,6 +196,11 @@ class CompletionRequest(SamplingRequest):
         is_text = isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
         if self.block_diffusion.infill and (self.stream or self.stops or self.echo or not is_text):
             raise ValueError("`infill` must go with a text, without `stream`, `stop` and `echo`, but got one of them.")
+        if self.echo and self.logprobs:
+            # Whoever asks for both means the likelihood of the prompt: lm-evaluation-harness, say.
+            rule = "0 with `echo`, since the likelihood of a prompt is bounded by several forwards (`bd3lm evaluate`, "
+            harness = "`python -m bd3lm_hf.evaluation.harness --model bd3lm`)"
+            raise ValueError(f"`logprobs` must be {rule}{harness}, but got {self.logprobs}.")
         return self
 
     @property
@@ -220,3 +225,9 @@ class InfillRequest(SamplingRequest):
         options = self.block_diffusion.model_copy(update={"infill": gaps})
         fields = self.model_dump(exclude={"text", "placeholder", "gap_length", "block_diffusion"}, exclude_unset=True)
         return CompletionRequest(**fields, prompt=self.text, block_diffusion=options)
+
+
+def fault_of(error: ValidationError) -> tuple[str, str]:
+    """The first fault of what was sent: where it is, "" for the whole, and what is wrong."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return ".".join(str(part) for part in fault["loc"]), fault["msg"].removeprefix("Value error, ")

@@ -56,6 +56,10 @@ class Failed:
     is_refused: bool
 
 
+class Stopped(RuntimeError):
+    """The engine ended before the request."""
+
+
 class QueueFull(Exception):
     """As many requests wait as may."""
 
@@ -72,6 +76,7 @@ class Request:
         options: arguments of `generate` but for the length, among them a `seed`.
         wants_reveal: tell log-probabilities.
         wants_drafts: tell of each step.
+        adapter: the name of the adapter that it is written with, None for the model itself.
     """
 
     input_ids: list[int]
@@ -80,6 +85,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     wants_reveal: bool = False
     wants_drafts: bool = False
+    adapter: str | None = None
     is_cancelled: bool = field(default=False, init=False)
     came: float = field(default_factory=time.monotonic, init=False)
 

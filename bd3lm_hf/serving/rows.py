@@ -4,37 +4,22 @@ import inspect
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import greenlet
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..kernels.cpu_nucleus import with_selecting_nucleus
 from ..modeling.generation_block_diffusion import BlockDiffusionGenerationMixin
+from .joint import Step, WaitingModel
 from .requests import Draft, Request, Written
 from .slots import Call, SlotCache
 
 
-class WaitingModel:
-    """A model for `generate`, whose forwards are run by whoever resumes the [`Row`] that it is of."""
-
-    def __init__(self, model: Any):
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def _denoiser(self, *arguments: Any) -> Any:
-        """What calls this in place of the model, in steps that no kernel has taken over."""
-        return inspect.unwrap(BlockDiffusionGenerationMixin._denoiser)(self, *arguments)
-
-    def __call__(self, input_ids: Tensor, **inputs: Any) -> Any:
-        return getcurrent().parent.switch(Call(input_ids, inputs))
-
-
 class Row:
     """
-    The text of one request under `generate`. Between two forwards it rests: `call` is the forward that it waits for,
-    and [`resume`] goes on with what came of that. When it ends `call` is None, and `output` what `generate` returned.
+    The text of one request under `generate`, which rests wherever it needs a forward: `call` is that, or the denoising
+    step that needs it, and [`resume`] goes on once it is done. In the end `call` is None, and `output` what `generate`
+    returned.
 
     Args:
         model: a block diffusion language model.
@@ -47,13 +32,18 @@ class Row:
 
     def __init__(self, model: Any, request: Request, cache: SlotCache):
         self.model, self.request, self.cache = model, request, cache
-        self.call: Call | None = None
+        self.call: Call | Step | None = None
         self.output: Any = None
         self._greenlet = greenlet(self._write)
         self.resume()
 
+    @property
+    def num_unread(self) -> int:
+        """Tokens of the prompt that are not read yet."""
+        return len(self.request.input_ids) - self.cache.num_filled
+
     def resume(self, output: Any = None) -> None:
-        """Goes on to the next forward, or to the end, with the `output` of the last; raises what `generate` raises."""
+        """Goes on to the next rest, or to the end, with the `output` of a call; raises what `generate` raises."""
         result = self._greenlet.switch() if output is None else self._greenlet.switch(output)
         if self._greenlet.dead:
             self.call, self.output = None, result

@@ -71,9 +71,20 @@ class Texts:
             raise ValueError("`messages` must not hold the mask token, but got it.")
         return ids
 
-    def encode_gaps(self, text: str, gaps: Gaps | bool) -> dict[str, Any]:
-        """What `TextInfillingPipeline.preprocess` gives for a text; raises its ValueError."""
+    def encode_gaps(self, text: str, gaps: Gaps | bool, max_length: int) -> dict[str, Any]:
+        """
+        What `TextInfillingPipeline.preprocess` gives for a text.
+
+        Raises:
+            ValueError: its own, or the gaps alone are longer than `max_length` tokens.
+        """
         gaps = Gaps() if isinstance(gaps, bool) else gaps
+        # Before anything is made of that length.
+        length = gaps.gap_length
+        num_gaps = text.count(gaps.placeholder or self.tokenizer.mask_token)
+        total = sum(length) if isinstance(length, list) else num_gaps * length
+        if total > max_length:
+            raise ValueError(f"`gap_length` must be of at most {max_length} tokens together, but got {total}.")
         with self._lock:
             return self._pipeline.preprocess(text, gaps.placeholder, gaps.gap_length)
 
