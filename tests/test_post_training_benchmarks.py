@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from adapted import byte_tokenizer, causal_lm
 
-from benchmarks.post_training import arms, speculation
+from benchmarks.post_training import arms, few_steps, speculation
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,28 @@ def test_speculation_is_measured_beside_one_token_after_the_other(flags, tmp_pat
     results = json.loads((tmp_path / "speculation.json").read_text(encoding="utf-8"))
     assert results["same_texts"] and results["ways"]["one token after the other"]["tokens_per_forward"] == 1
     assert results["ways"]["self-speculation"]["tokens_per_forward"] >= 1
+
+
+def test_fewer_steps_are_compared_from_one_start(flags, tmp_path, capsys):
+    few = [*flags, "--output_dir", str(tmp_path), "--num_tokens", "1024", "--start_tokens", "1024", "--seeds", "0"]
+    assert few_steps.run([*few, "--arms", "untrained", "likelihood", "path"]) == 0
+    document = json.loads((tmp_path / "few_steps.json").read_text(encoding="utf-8"))
+    scores = [document["runs"][name]["0"]["nats"] for name in ("untrained", "likelihood", "path")]
+    assert len(set(scores)) == 3
+    table = capsys.readouterr().out
+    assert "| path |" in table and "path, at two tokens per forward:" in table
+
+
+def test_the_figures_of_rewards_and_preferences_are_those_of_the_runs():
+    pytest.importorskip("trl")
+    from benchmarks.adaptation.workbench import standard_error
+    from benchmarks.post_training import arithmetic
+
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "post_training.md").read_text(encoding="utf-8")
+    for kind, name in (("grpo", "right_held_out"), ("dpo", "margins")):
+        path = root / "benchmarks" / "post_training" / "results" / f"arithmetic_{kind}.json"
+        document = json.loads(path.read_text(encoding="utf-8"))
+        assert arithmetic.table(document) in page and len(document["runs"]) == 3
+        gains = [result["after"][name] - result["before"][name] for result in document["runs"].values()]
+        assert min(gains) > 0 and sum(gains) / 3 > 2 * standard_error(gains)

@@ -210,6 +210,18 @@ def test_the_gradient_of_grpo_is_that_of_the_bound_times_the_advantage(tmp_path)
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_policy_old_policy_and_reference_meet_the_same_masks_new_ones_with_each_writing(tmp_path, monkeypatch):
+    trainer = grpo(tmp_path, learning_rate=0.0, beta=0.1, num_iterations=2, max_steps=4)
+    seeds, seed_of = [], trainer._noise_seed
+    monkeypatch.setattr(trainer, "_noise_seed", lambda: seeds.append(seed_of()) or seeds[-1])
+    trainer.train()
+    # A model that does not move is its own reference, and its ratio to what it was is 1.
+    logs = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert len(logs) == 4 and all(entry["kl"] == 0 and entry["clip_ratio/region_mean"] == 0 for entry in logs)
+    # Texts are written in the first and in the third step.
+    assert len(set(seeds)) == 2 and seeds[0] != seeds[-1]
+
+
 @pytest.mark.parametrize("make", [dpo, grpo])
 def test_a_resumed_run_is_the_run_that_went_on_with_adapters_too(make, tmp_path):
     def begin(folder):

@@ -34,6 +34,9 @@ class BD3LMTrainingArguments(TrainingArguments):
             What evaluation reports is the bound, whichever is trained.
         autoregressive_loss_weight: Times this much of -log p of the next token, which the clean stream scores, is
             added to the loss (TiDAR, arXiv 2511.08923). Needs a network with `clean_attention` "causal".
+        confidence_loss_weight: Where the likeliest prediction of a masked token is right, so much of its entropy is
+            added to its -log p, so that more tokens are sure enough to be revealed together (CAP; LLaDA2.0, arXiv
+            2512.15745). Trains without the compiled step.
         clean_attention: Train with this in place of the model's: "block" (BD3-LM, SDAR, Fast-dLLM v2), or "causal"
             (TiDAR), which keeps the autoregressive model that the network came from beside the diffusion model.
         mask_token_learning_rate: Learning rate of the mask token's embedding, which a new token has to learn from
@@ -103,6 +106,9 @@ class BD3LMTrainingArguments(TrainingArguments):
             "help": "Add so much of the next-token loss of the clean stream (TiDAR); needs clean_attention causal."
         },
     )
+    confidence_loss_weight: float = field(
+        default=0.0, metadata={"help": "Add so much of the entropy of predictions that are right (CAP of LLaDA2.0)."}
+    )
     clean_attention: str | None = field(
         default=None,
         metadata={
@@ -135,6 +141,12 @@ class BD3LMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`gradient_accumulation_steps` must be at least 1, but got {self.gradient_accumulation_steps}."
             )
+        if self.confidence_loss_weight < 0:
+            raise ValueError(f"`confidence_loss_weight` must be at least 0, but got {self.confidence_loss_weight}.")
+        if self.confidence_loss_weight:
+            if self.torch_compile:
+                raise ValueError("`torch_compile` must be False with `confidence_loss_weight`, but got True.")
+            self.torch_compile = False
         asked = self.torch_compile
         super().__post_init__()
         if asked is not False and self.device.type != "cpu":

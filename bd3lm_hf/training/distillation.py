@@ -1,6 +1,5 @@
 """`BD3LMDistillationTrainer`: a block diffusion model learns the distributions of an autoregressive one."""
 
-import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.compiled import unwrapped
 from ..noise.sampler import Noise
 from .arguments import BD3LMTrainingArguments
-from .divergence import DIVERGENCES, token_divergences
+from .divergence import DIVERGENCES, token_divergences, token_nats_by
 from .rollouts import roll_out
-from .teacher import CausalTeacher
+from .teacher import CausalTeacher, Teacher
 from .trainer import BD3LMTrainer
 
 
@@ -96,6 +96,8 @@ class BD3LMDistillationTrainer(BD3LMTrainer):
             packed rows.
     """
 
+    loss_in_card = "the divergence from what an autoregressive teacher predicts"
+
     def __init__(
         self,
         model=None,
@@ -111,15 +113,21 @@ class BD3LMDistillationTrainer(BD3LMTrainer):
         if not isinstance(args, BD3LMDistillationArguments):
             raise ValueError(f"`args` must be BD3LMDistillationArguments, but got {type(args).__name__}.")
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
-        if not self.config.ignore_bos:
-            raise ValueError("`ignore_bos` of the model must be True, as a teacher predicts no first token.")
         if self.is_fsdp_enabled and args.on_policy_fraction:
             raise ValueError(
                 "`on_policy_fraction` must be 0 under FSDP, whose processes write texts of different numbers of "
                 f"forwards, but got {args.on_policy_fraction}."
             )
-        self.teacher = CausalTeacher.of(teacher, self.accelerator.unwrap_model(self.model))
+        if teacher is not None:
+            # Before its modules are taken over.
+            self.teacher_name = teacher if isinstance(teacher, str) else teacher.config._name_or_path
+        self.teacher = self._teacher_of(teacher, self.accelerator.unwrap_model(self.model))
         self.teacher.to(self.args.device)
+
+    def _teacher_of(self, teacher: Any, student: nn.Module) -> Teacher:
+        if not self.config.ignore_bos:
+            raise ValueError("`ignore_bos` of the model must be True, as a teacher predicts no first token.")
+        return CausalTeacher.of(teacher, student)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As [`BD3LMTrainer`] gets them, some of them with texts that the student has written."""
@@ -151,11 +159,14 @@ class BD3LMDistillationTrainer(BD3LMTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any):
         """As [`BD3LMTrainer.compute_loss`], with divergences in nats per predicted token."""
-        student = self.accelerator.unwrap_model(self.model)
-        student = student.get_base_model() if hasattr(student, "get_base_model") else student
-        text = {name: inputs[name] for name in TEXT if inputs.get(name) is not None}
-        states = self.teacher.states(inputs["input_ids"], **text)
-        with self._learning_from(student, states, self._places(inputs)):
+        student, lessons = unwrapped(self.model), self._lessons(inputs)
+
+        def divergences(hidden_states: Tensor, targets: Tensor) -> Tensor:
+            options = {"kind": self.args.divergence, "top_k": self.args.teacher_top_k}
+            pair = ((hidden_states, student._logits), (next(lessons), self.teacher.logits))
+            return token_divergences(*pair, self.config.mask_token_id, **options)
+
+        with token_nats_by(student, divergences):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _draw_noise(self, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Noise:
@@ -163,31 +174,18 @@ class BD3LMDistillationTrainer(BD3LMTrainer):
         self._x_t = noise.x_t
         return noise
 
-    def _places(self, inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _lessons(self, inputs: dict[str, Tensor]) -> Iterator[Tensor]:
         """
-        Rows and columns at which the teacher says what the student predicts, each [num_tokens]: of the masked tokens,
-        in whose block the student reads, and then of the clean stream's next tokens; asked for after the noise.
+        The teacher's final hidden states [num_tokens, hidden] for what the student predicts: the masked tokens, in
+        whose block the student reads, and then the clean stream's next tokens. They are asked for after the noise.
         """
         blocks = self._text_blocks(inputs)
         length = inputs["input_ids"].shape[1]
+        text = {name: inputs[name] for name in TEXT if inputs.get(name) is not None}
+        states = self.teacher.states(inputs["input_ids"], **text)
         masked = (self._x_t == self.config.mask_token_id).unflatten(1, (-1, length)) & blocks.predicted[:, None]
         rows, columns = masked.flatten(1).nonzero(as_tuple=True)
         # A token is predicted at the one before it.
-        yield rows, columns % length - 1
+        yield states[rows, columns % length - 1]
         follows = blocks.predicted[:, 1:] & (blocks.position_ids.diff(dim=-1) == 1)
-        yield follows.nonzero(as_tuple=True)
-
-    @contextlib.contextmanager
-    def _learning_from(self, student: nn.Module, states: Tensor, places: Iterator) -> Iterator[None]:
-        """Within it nats per token are divergences from what the teacher's `states` [batch, length, hidden] give."""
-
-        def token_nats(hidden_states: Tensor, targets: Tensor) -> Tensor:
-            options = {"kind": self.args.divergence, "top_k": self.args.teacher_top_k}
-            pair = ((hidden_states, student._logits), (states[next(places)], self.teacher.logits))
-            return token_divergences(*pair, self.config.mask_token_id, **options)
-
-        student.token_nats = token_nats
-        try:
-            yield
-        finally:
-            del student.token_nats
+        yield states[follows.nonzero(as_tuple=True)]

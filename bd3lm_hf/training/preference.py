@@ -178,8 +178,9 @@ class BD3LMGRPOTrainer(_BoundMixin, GRPOTrainer):
 
     Completions are written by the model's own `generate`; `args.generation_kwargs` choose the sampler. The
     log-probability of each token is its part of an estimate of the bound ([`token_log_probs`]), under noise that
-    depends on the text and the seed alone, so that old and new policy meet the same (diffu-GRPO, arXiv 2504.12216, has
-    one pass over the masked completion in its place). Rewards, datasets, PEFT and arguments are TRL's.
+    depends on the text and on the step in which it was written, so that old policy, new policy and reference meet the
+    same (diffu-GRPO, arXiv 2504.12216, has one pass over the masked completion in its place). Rewards, datasets, PEFT
+    and arguments are TRL's.
 
     Args:
         model: A block diffusion model, or a `PeftModel` around one.
@@ -194,5 +195,16 @@ class BD3LMGRPOTrainer(_BoundMixin, GRPOTrainer):
     _tag_names = ["trl", "grpo", "block-diffusion"]
     _trl_module, _allowed = grpo_trainer, ALLOWED_OF_GRPO
 
+    # The step in which the completions at hand were written.
+    _written_at = 0
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any):
+        if self.model.training:
+            self._written_at = self.state.global_step
+        return super()._generate_and_score_completions(*args, **kwargs)
+
     def _noise_seed(self) -> tuple[int, ...]:
-        return (self.args.seed, TRAINING_NOISE)
+        # Masks that a text always met would be learned by heart.
+        if self.model.training:
+            return (self.args.seed, TRAINING_NOISE, self._written_at)
+        return (self.args.seed, EVALUATION_NOISE)

@@ -44,7 +44,12 @@ class PublishingMixin:
     Attributes:
         stated_in_card: What the card tells that no run knows: the arguments of [`create_model_card`] by name.
         base_model_in_card: Id on the Hub of the base, if it was given there.
+        loss_in_card: What is minimised in the place of the bound, for a trainer of another loss, and ...
+        teacher_name: ... the name or folder of its teacher; None for what the model was before.
     """
+
+    loss_in_card: str | None = None
+    teacher_name: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.stated_in_card: dict[str, Any] = {}

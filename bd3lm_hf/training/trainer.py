@@ -19,7 +19,7 @@ from ..data.tokenization import token_byte_counts
 from ..evaluation.block_losses import BlockLosses, block_statistics, predicted_blocks
 from ..evaluation.networks import is_block_diffusion, stock_config
 from ..hub.training_summary import SUMMARY_FILE, TrainingSummary
-from ..kernels.compiled import step_of
+from ..kernels.compiled import step_of, unwrapped
 from ..modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 from ..modeling.two_stream_block_diffusion import TextBlocks
 from ..noise.sampler import Noise, NoiseSampler
@@ -27,6 +27,7 @@ from .arguments import BD3LMTrainingArguments
 from .callbacks import BlockSizeCallback, CompiledStepCallback, EMACallback, MaskTokenCallback, NoiseIntervalCallback
 from .checkpoints import own_class
 from .checks import check_dataset, check_eval_dataset, check_fsdp_plugin
+from .divergence import confident
 from .ema import check_saved_average
 from .publishing import PublishingMixin
 from .resuming import ResumingMixin
@@ -230,7 +231,8 @@ class BD3LMTrainer(ResumingMixin, PublishingMixin, Trainer):
             inputs["autoregressive_loss_weight"] = self.args.autoregressive_loss_weight
         if step_of(model) is not None:
             inputs["num_masked"] = noise.num_masked
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with confident(unwrapped(model), self.args.confidence_loss_weight):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`, with the metrics that stand in the description of this class."""
