@@ -10,6 +10,7 @@ EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
 APP = ["gradio>=6.31"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.21", "greenlet>=3.1"]
+RAY = ["ray[data,serve]>=2.60"]
 LM_EVAL = ["lm-eval>=0.4.13"]
 # Downloads of 41, 3, 0.2 and 0.1 MB on Linux.
 QUANTIZERS = ["bitsandbytes>=0.50", "torchao>=0.18", "optimum-quanto>=0.2.7", "hqq>=0.2.8"]
@@ -62,9 +63,11 @@ setup(
         "plots": PLOTS,
         "app": APP,
         "serve": SERVE,
+        "ray": [*SERVE, *RAY],
         "quantizers": QUANTIZERS,
         "docs": DOCS,
-        "gguf": ["gguf>=0.19"],
+        # What `make adapt-demo` takes: its source is a .gguf file, its report has a plot.
+        "gguf": ["gguf>=0.19", *PLOTS],
         "flash-attn": ["flash-attn>=2.7"],
         "dev": [
             "build>=1.2",
@@ -85,6 +88,8 @@ setup(
             # Clients that the tests of the server ask with.
             "httpx>=0.27",
             "openai>=1.60",
+            # lm-evaluation-harness asks servers with it.
+            "tenacity>=8",
             *LM_EVAL,
             *QUANTIZERS,
             *DOCS,

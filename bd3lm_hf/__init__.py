@@ -13,12 +13,11 @@ from .kernels import attach
 from .modeling.cache_block_diffusion import CommitCache
 from .modeling.configuration_bd3lm import BD3LMConfig
 from .modeling.configuration_causal_lm import BlockDiffusionConfig
-from .modeling.generation_block_diffusion import BlockDiffusionGenerationMixin
-from .modeling.generation_config_block_diffusion import BD3LMGenerationConfig
+from .modeling.denoising_block_diffusion import EntropyStoppingCriteria
+from .modeling.generation_block_diffusion import BD3LMGenerationConfig, BlockDiffusionGenerationMixin
 from .modeling.infilling_block_diffusion import TextInfillingPipeline
 from .modeling.modeling_bd3lm import BD3LMForMaskedLM, BD3LMModel, BD3LMPreTrainedModel
 from .modeling.modeling_causal_lm import BlockDiffusionForMaskedLM, BlockDiffusionModel
-from .modeling.progress_block_diffusion import EntropyStoppingCriteria
 from .modeling.samplers_block_diffusion import (
     SAMPLERS,
     AncestralSampler,

@@ -15,7 +15,7 @@ import torch
 from .modeling.attention_block_diffusion import Tokens, is_visible, token_block_ids
 from .modeling.configuration_bd3lm import NOISE_SCHEDULE_NAMES, validate_noise_interval
 from .modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL, NOISE_SCHEDULES
-from .modeling.outputs_block_diffusion import BD3LMGenerateOutput
+from .modeling.network_block_diffusion import BD3LMGenerateOutput
 
 
 if TYPE_CHECKING:

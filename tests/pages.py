@@ -34,6 +34,10 @@ NOT_RUN = {
     "bd3lm train --data my_texts/ *": "needs the Hub; a test reads its arguments",
     "bd3lm serve bd3lm-demo": "serves until it is stopped; a test starts it, asks and interrupts it",
     "curl http://127.0.0.1:8000/*": "asks the server of that command; the page's Python asks one like it",
+    "bd3lm serve bd3lm-demo --ray *": "needs Ray, and serves until it is stopped; slow tests start it",
+    "bd3lm generate * --ray *": "needs Ray; a slow test runs it",
+    "OPENAI_API_KEY=* lm_eval *": "asks a server; a test runs it",
+    "bd3lm app --server *": "serves until it is stopped; the tests of the app visit the page",
     "bd3lm app bd3lm-demo": "serves until it is stopped; the tests of the app visit the page",
     "bd3lm convert kuleshov-group/bd3lm-owt-block_size4 bd3lm-owt-block4 --tokenizer gpt2": "needs the Hub; the page "
     "on published checkpoints has the same, and is run against a Hub of the tests",

@@ -55,6 +55,17 @@ def test_with_an_unused_token_the_likelihood_is_that_of_the_source_without_it():
     assert evaluate_likelihood(model, rows, progress=False).nelbo == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_token_of_the_source_is_named_as_its_mask_token(tmp_path):
+    source = str(save_causal_lm(tmp_path, byte_tokenizer("<unused7>", "<unused8>")))
+    model = BlockDiffusionForMaskedLM.from_causal_lm(source, mask_token="<unused8>")
+    assert model.config.mask_token_id == AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<unused8>")
+    assert model.config.vocab_size == AutoModelForCausalLM.from_pretrained(source).config.vocab_size
+    for arguments in ((source, "<unused9>"), (causal_lm(), "<unused8>"), (source, "<unused8>", 5)):
+        given, token, *ids = arguments
+        with pytest.raises(ValueError, match="`mask_token` must be a token of a named `model`, but got '<unused"):
+            BlockDiffusionForMaskedLM.from_causal_lm(given, mask_token=token, mask_token_id=ids[0] if ids else None)
+
+
 def test_a_new_mask_token_starts_at_the_mean_of_the_embeddings(source):
     model, tokenizer = adapt(source)
     stock = AutoModelForCausalLM.from_pretrained(source)

@@ -60,6 +60,8 @@ UNEQUAL = {
     "masking": "exact_count",
 }
 
+ZERO_2 = {"deepspeed": str(DOCS / "zero2.json")}
+
 
 def assert_same_run(folder, expected_folder, tolerance):
     """The figures of each step, the chosen intervals, and the exported weights."""
@@ -138,6 +140,13 @@ def fsdp2(tmp_path_factory):
 def test_two_processes_equal_one_process(one_process, two_processes, name):
     assert_same_run(two_processes / name, one_process / name, 1e-5)
     assert [entry["eval_nelbo"] for entry in read_log(two_processes / name) if "eval_nelbo" in entry]
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero_2_equal_one_process(one_process, tmp_path):
+    pytest.importorskip("deepspeed")
+    launch(tmp_path, {"plain": CUT_BATCH | ZERO_2}, "--multi_gpu", "--num_processes", "2")
+    assert_same_run(tmp_path / "plain", one_process / "plain", 1e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "complementary"])

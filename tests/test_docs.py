@@ -57,7 +57,7 @@ NEEDS = {
     "app": ("gradio", "app"),
     "harness": ("lm_eval", "lm-eval"),
     "plots": ("matplotlib", "plots"),
-    "serving": ("fastapi", "openai", "greenlet", "serve"),
+    "serving": ("fastapi", "openai", "greenlet", "peft", "serve"),
     "trl": ("trl", "trl"),
     "post_training": ("trl", "trl"),
     "quantization": ("bitsandbytes", "optimum.quanto", "hqq", "quantizers"),

@@ -53,6 +53,12 @@ def test_the_block_size_of_a_masked_diffusion_checkpoint_is_its_length(fields):
         BD3LMConfig.from_dict(published, block_size=16)
 
 
+def test_published_fields_are_refused_without_the_package(monkeypatch):
+    monkeypatch.setattr(BD3LMConfig, "read_published_fields", None)
+    with pytest.raises(ValueError, match="`hidden_dim` must be `hidden_size`: the package bd3lm_hf reads published"):
+        BD3LMConfig(hidden_dim=32)
+
+
 def test_a_configuration_that_was_changed_can_be_checked_again():
     config = tiny_config()
     config.validate()

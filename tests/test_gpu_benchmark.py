@@ -15,8 +15,8 @@ from bd3lm_hf import BlockDiffusionForMaskedLM
 from benchmarks.common import peak_tflops
 from benchmarks.dense import dense_loss, stock_two_stream_logits
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.lines import Line, all_lines
-from benchmarks.gpu.measuring import counts_of
+from benchmarks.gpu.lines import Line, all_lines, compiled_way
+from benchmarks.gpu.measuring import counts_of, longest_kernels
 from benchmarks.gpu.networks import SIZES, TINY, flops_per_token, make_model
 from benchmarks.gpu.processes import measure_lines
 from benchmarks.gpu.results import Results
@@ -57,6 +57,33 @@ def test_parts_are_left_out_and_what_there_is_no_time_for_says_so(tmp_path):
     rows = read_lines(tmp_path)
     assert {(part, network) for part, network, _ in rows} == {("training", "published")}
     assert {row["state"] for row in rows.values()} == {"not run: no time left"}
+
+
+def test_further_ways_to_compile_are_lines_of_their_own(tmp_path):
+    flags = [*ON_CPU, "generation", "adapted", "--results", str(tmp_path)]
+    assert gpu.run([*flags, "--ways", "sdpa:reduce-overhead:0.8"]) == 1
+    rows = read_lines(tmp_path)
+    row = rows["training", "published", "block diffusion, compiled, sdpa, reduce-overhead, memory budget 0.8"]
+    assert row["tokens_per_second"] > 0 and len(rows) == 7
+    way = compiled_way("flex_attention:max-autotune:0.5")
+    assert way.arguments == {"mode": "max-autotune", "memory_budget": 0.5} and way.attention == "flex_attention"
+    assert compiled_way("sdpa:default").arguments == {}
+    for text in ("sdpa", "eager:default", "sdpa:fast", "sdpa:default:little", "sdpa:default:1:2"):
+        with pytest.raises(ValueError, match=r"`ways` must be of the form ATTENTION:MODE\[:BUDGET\] with .*, but got"):
+            compiled_way(text)
+
+
+def test_the_longest_kernels_come_first_and_what_the_host_does_not_at_all():
+    def event(key, microseconds, count, on_host=0):
+        return SimpleNamespace(key=key, self_device_time_total=microseconds, count=count, cpu_time_total=on_host)
+
+    events = [
+        event("short", 100, 2),
+        event("aten::mm", 9000, 1, on_host=5),
+        event("long", 3000, 4),
+        event("none", 0, 1),
+    ]
+    assert longest_kernels(events, 2) == [("long", 1.5, 2.0), ("short", 0.05, 1.0)]
 
 
 def fake_run(tmp_path, notes, seconds):

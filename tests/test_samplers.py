@@ -18,6 +18,7 @@ from test_first_hitting import (
 )
 
 from bd3lm_hf import BD3LMGenerationConfig
+from bd3lm_hf.modeling.prediction_block_diffusion import sample_tokens
 from bd3lm_hf.modeling.samplers_block_diffusion import (
     SAMPLERS,
     AncestralSampler,
@@ -75,6 +76,15 @@ def test_many_ancestral_steps_come_to_first_hitting(model):  # noqa: F811
     # Two tokens are revealed in the same step with probability 1 / steps.
     assert all(later < 0.6 * earlier for earlier, later in zip(distances, distances[1:]))
     assert distances[-1] < 1e-3
+
+
+def test_the_largest_number_draws_a_token_that_has_a_probability():
+    scores = torch.randn(20_000, 9, generator=torch.Generator().manual_seed(0)) * 3
+    scores[:, 7:] = -torch.inf
+    ids, total = sample_tokens(scores, torch.full((20_000,), 1 - 2**-24))
+    assert ids.max() == 6 and (total > 1).any() and (total < 1).any()
+    ids, total = sample_tokens(torch.full((1, 9), -torch.inf), torch.zeros(1))
+    assert total.isnan() and ids < 9
 
 
 @pytest.mark.parametrize("cap", [0.3, 1.0])

@@ -18,9 +18,9 @@ from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from ..modeling.attention_block_diffusion import MaskKind, Tokens, block_diffusion_mask, token_block_ids
 from ..modeling.cache_block_diffusion import CommitCache
 from ..modeling.diffusion_block_diffusion import generator_of
-from ..modeling.generation_config_block_diffusion import BD3LMGenerationConfig
+from ..modeling.generation_block_diffusion import BD3LMGenerationConfig
 from ..modeling.guidance_block_diffusion import Guidance
-from ..modeling.outputs_block_diffusion import BD3LMGenerateOutput
+from ..modeling.network_block_diffusion import BD3LMGenerateOutput
 from ..modeling.prediction_block_diffusion import ignores_context
 from .acceptance import accept_draft, draw, token_distributions
 

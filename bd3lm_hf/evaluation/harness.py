@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.collators import BD3LMDataCollator
 from ..data.tokenization import encode_documents
-from ..modeling.generation_config_block_diffusion import BD3LMGenerationConfig
+from ..modeling.generation_block_diffusion import BD3LMGenerationConfig
 from .estimators import ESTIMATOR_NAMES, BlockDiffusionScorer, DrawnNoise, ExactNoise
 from .likelihood import EXACT_BY_DEFAULT, _score_share, _sum_over_processes, load_for_evaluation
 from .mode import evaluation_mode

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..modeling.generation_config_block_diffusion import BD3LMGenerationConfig
+from ..modeling.generation_block_diffusion import BD3LMGenerationConfig
 from .published_files import is_repo_id
 from .training_summary import TrainingSummary
 

@@ -54,11 +54,17 @@ CARD_ARGUMENTS = (
     "noise_level_per",
     "loss_weight",
     "autoregressive_loss_weight",
+    "confidence_loss_weight",
     "clean_attention",
     "mask_token_learning_rate",
     "block_size_schedule",
     "ema_decay",
     "export_ema",
+    "divergence",
+    "teacher_top_k",
+    "on_policy_fraction",
+    "rollout_prompt_length",
+    "path_steps",
 )
 # What a user may tell of a model; see `bd3lm_hf.push_to_hub`.
 STATED = ("license", "language", "tags", "dataset", "model_name", "widget_prompts", "sampler_results")
@@ -94,6 +100,8 @@ class TrainingSummary:
         has_tokenizer: Whether a tokenizer lies beside the weights.
         noise_interval: `chosen_by` ("search", "fixed" or "default"); after a search also the `step` of the last one,
             its `nelbo_variance` and the `nelbo_variance_of_full_interval`, in (nats per token)^2.
+        recipe: What the `loss` was in the place of likelihood, in words, and the `teacher` that it had: an id on the
+            Hub, "itself" for what the model was before, or None for one that is not named. Empty for likelihood.
         training: Steps, epochs, tokens that were predicted, seconds, mean loss (nats per token), sequences; empty if
             there was no training.
         weights_step: Step of training that the saved weights are those of.
@@ -113,6 +121,7 @@ class TrainingSummary:
     adapter: dict[str, Any] | None = None
     has_tokenizer: bool = False
     noise_interval: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     weights_step: int = 0
     averaged: bool = False
@@ -151,6 +160,7 @@ class TrainingSummary:
             adapter=None if adapter is None else _adapter_facts(adapter.to_dict(), model),
             has_tokenizer=trainer.processing_class is not None,
             noise_interval=_noise_interval_facts(args, state.log_history),
+            recipe=_recipe_facts(trainer),
             training=_training_facts(trainer),
             weights_step=weights_step,
             averaged=averaged,
@@ -313,7 +323,7 @@ def _num_parameters(folder: Path) -> int:
 def _argument_facts(args) -> dict[str, Any]:
     """Those that were given or have a value, and of the two that end training the one in force."""
     not_in_force = "num_train_epochs" if args.max_steps > 0 else "max_steps"
-    facts = {name: getattr(args, name) for name in CARD_ARGUMENTS if name != not_in_force}
+    facts = {name: getattr(args, name, None) for name in CARD_ARGUMENTS if name != not_in_force}
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -325,6 +335,13 @@ def _noise_interval_facts(args, log_history: list[dict]) -> dict[str, Any]:
         return {"chosen_by": "search", "num_searches": len(chosen), **{name: last[name] for name in names}}
     is_fixed = args.fix_noise_interval or args.noise_interval is not None
     return {"chosen_by": "fixed" if is_fixed else "default"}
+
+
+def _recipe_facts(trainer) -> dict[str, Any]:
+    if trainer.loss_in_card is None or not trainer.state.global_step:
+        return {}
+    name = trainer.teacher_name
+    return {"loss": trainer.loss_in_card, "teacher": "itself" if name is None else name if is_on_hub(name) else None}
 
 
 def _training_facts(trainer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..common import machine
-from .workbench import BLOCK_SIZE, Recipe, Workbench, has_fast_bf16, workbench_parser
+from .workbench import BLOCK_SIZE, Recipe, Workbench, comparison_parser, has_fast_bf16, mean, runs
 
 
 TWO_COPIES = {"num_noise_samples": 2, "complementary_masks": True}
@@ -27,20 +27,13 @@ ARMS = {
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing, then prints the table."""
-    parser = workbench_parser(__doc__)
-    parser.add_argument("--num_tokens", type=int, default=50_000, help="Tokens of training of each run.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    args = parser.parse_args(argv)
+    args = comparison_parser(__doc__, list(ARMS), 50_000).parse_args(argv)
     bench = Workbench(args)
-    results: dict[str, dict[int, Any]] = {name: {} for name in args.arms}
-    for seed in args.seeds:
-        for name in args.arms:
-            path = bench.folder / f"arm-{name.replace(' ', '-').replace(',', '')}-{seed}.json"
-            if not path.is_file():
-                path.write_text(json.dumps(run_arm(bench, ARMS[name], args.num_tokens, seed)), encoding="utf-8")
-            results[name][seed] = json.loads(path.read_text(encoding="utf-8"))
-            print(f"{name}, seed {seed}: {results[name][seed]['nats']:.4f}", flush=True)
+
+    def run_one(name: str, seed: int) -> dict[str, Any]:
+        return run_arm(bench, ARMS[name], args.num_tokens, seed)
+
+    results = runs(bench.folder, "arm", args.arms, args.seeds, run_one)
     document = {
         "machine": machine(args.device, "bfloat16" if has_fast_bf16(args.device) else "float32"),
         "num_tokens": args.num_tokens,
@@ -67,9 +60,9 @@ def table(document: dict[str, Any]) -> str:
         "| recipe | nats per token | difference from the baseline | seconds per step |",
         "|---|---|---|---|",
     ]
-    for name, runs in document["runs"].items():
-        nats = mean([run["nats"] for run in runs.values()])
-        seconds = statistics.mean(run["seconds_per_step"] for run in runs.values())
+    for name, by_seed in document["runs"].items():
+        nats = mean([result["nats"] for result in by_seed.values()])
+        seconds = statistics.mean(result["seconds_per_step"] for result in by_seed.values())
         difference = "" if name == "baseline" else mean(differences(document, name))
         lines.append(f"| {name} | {nats} | {difference} | {seconds:.2f} |")
     return "\n".join(lines)
@@ -77,17 +70,5 @@ def table(document: dict[str, Any]) -> str:
 
 def differences(document: dict[str, Any], name: str) -> list[float]:
     """By how many nats an arm is above the baseline, seed by seed."""
-    runs = document["runs"]
-    return [run["nats"] - runs["baseline"][seed]["nats"] for seed, run in runs[name].items()]
-
-
-def mean(values: list[float]) -> str:
-    """The mean and its standard error."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {standard_error(values):.3f}"
-
-
-def standard_error(values: list[float]) -> float:
-    """Of the mean."""
-    return statistics.stdev(values) / len(values) ** 0.5
+    arms = document["runs"]
+    return [result["nats"] - arms["baseline"][seed]["nats"] for seed, result in arms[name].items()]

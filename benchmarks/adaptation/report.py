@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arms, demo
-from .workbench import BLOCK_SIZE
+from .workbench import BLOCK_SIZE, mean, standard_error
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +49,6 @@ def verdict(document: dict[str, Any], name: str) -> str:
     """Whether an arm differs from the baseline outside the errors."""
     values = arms.differences(document, name)
     has_one_sign = min(values) > 0 or max(values) < 0
-    if not has_one_sign or abs(statistics.mean(values)) < ENOUGH_ERRORS * arms.standard_error(values):
+    if not has_one_sign or abs(statistics.mean(values)) < ENOUGH_ERRORS * standard_error(values):
         return f"{name.capitalize()}: no difference outside the errors."
-    return f"{name.capitalize()}: {'worse' if values[0] > 0 else 'better'}, by {arms.mean(values)} nats per token."
+    return f"{name.capitalize()}: {'worse' if values[0] > 0 else 'better'}, by {mean(values)} nats per token."

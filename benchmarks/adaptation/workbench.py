@@ -3,7 +3,10 @@
 import argparse
 import copy
 import importlib.util
+import json
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,12 +40,15 @@ class Recipe:
     Attributes:
         shift_logits: keep the source's shift by one token.
         block_sizes: the block sizes of equal parts of the training.
-        training: further arguments of BD3LMTrainingArguments.
+        training: further arguments of training.
+        trainer_class, arguments_class: what trains, and by which arguments.
     """
 
     shift_logits: bool = True
     block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
     training: dict[str, Any] = field(default_factory=dict)
+    trainer_class: type[BD3LMTrainer] = BD3LMTrainer
+    arguments_class: type[BD3LMTrainingArguments] = BD3LMTrainingArguments
 
 
 class Workbench:
@@ -80,6 +86,11 @@ class Workbench:
             load = load_gguf if options else AutoModelForCausalLM.from_pretrained
             load(folder, dtype=torch.float32, **options).save_pretrained(saved)
         return AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(self.args.device).eval()
+
+    @cached_property
+    def judge(self) -> PreTrainedModel:
+        """The source, which says how likely a written text is."""
+        return self.load_source()
 
     def adapted(self, recipe: Recipe) -> tuple[BlockDiffusionForMaskedLM, PreTrainedTokenizerBase]:
         """The source as a block diffusion model that nothing has trained yet, and its tokenizer."""
@@ -128,8 +139,9 @@ class Workbench:
         recipe: Recipe,
         num_tokens: int,
         seed: int,
+        data: Dataset | None = None,
     ) -> dict[str, float]:
-        """Trains a model on so many tokens of text; what a step took, in seconds."""
+        """Trains a model on so many tokens of `data`, by default of the text; what a step took, in seconds."""
         set_seed(seed)
         tokens_per_step = self.args.batch_size * LENGTH
         num_steps = max(1, num_tokens // tokens_per_step)
@@ -153,10 +165,10 @@ class Workbench:
             "use_cpu": self.args.device == "cpu",
             "bf16": has_fast_bf16(self.args.device),
         }
-        arguments = BD3LMTrainingArguments(**{**fields, **recipe.training})
-        trainer = BD3LMTrainer(
-            model=model, args=arguments, train_dataset=self.text["train"], processing_class=tokenizer
-        )
+        arguments = recipe.arguments_class(**{**fields, **recipe.training})
+        data = self.text["train"] if data is None else data
+        options = {"model": model, "train_dataset": data, "processing_class": tokenizer}
+        trainer = recipe.trainer_class(args=arguments, **options)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
@@ -172,8 +184,47 @@ def has_fast_bf16(device: str) -> bool:
     return bool(capabilities.get("amx_bf16", False))
 
 
+def runs(
+    folder: Path, prefix: str, names: Sequence[str], seeds: Sequence[int], run: Callable[[str, int], Any]
+) -> dict[str, dict[str, Any]]:
+    """
+    {name: {seed: what `run(name, seed)` gave}}. Each run writes a file of its own into the folder, named after the
+    `prefix`, so that an interrupted comparison goes on where it was.
+    """
+    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for seed in seeds:
+        for name in names:
+            path = folder / f"{prefix}-{name.replace(' ', '-').replace(',', '')}-{seed}.json"
+            if not path.is_file():
+                path.write_text(json.dumps(run(name, seed)), encoding="utf-8")
+            results[name][str(seed)] = json.loads(path.read_text(encoding="utf-8"))
+            print(f"{name}, seed {seed}: {results[name][str(seed)]}", flush=True)
+    return results
+
+
+def mean(values: Sequence[float]) -> str:
+    """The mean and its standard error."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {standard_error(values):.3f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def comparison_parser(description: str | None, names: Sequence[str], num_tokens: int) -> argparse.ArgumentParser:
+    """[`workbench_parser`], and what a comparison of arms with these names is told."""
+    parser = workbench_parser(description)
+    parser.add_argument("--num_tokens", type=int, default=num_tokens, help="Tokens of training of each run.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(names), choices=list(names))
+    return parser
+
+
 def workbench_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that both programs have."""
+    """The flags that all programs have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="bd3lm-adapted", help="Where everything is written.")
     parser.add_argument("--source", help="Folder or .gguf file of a causal language model in place of SmolLM2.")

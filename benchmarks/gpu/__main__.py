@@ -7,6 +7,9 @@ second, MFU, peak memory, and how often the host launches and waits, per trainin
 beyond torch, Transformers and Accelerate, and pytest for the tests. Lines compile side by side and are then measured
 one after the other. A line that fails says how, one that there was no time left for says so, and the folder holds what
 there was when a run ended.
+
+`--ways ATTENTION:MODE[:BUDGET]` adds ways to compile the training step, say `flex_attention:reduce-overhead:0.8` for
+the mode of `torch.compile` and the memory budget of `compile_training`. The JSON has the longest kernels of a step.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..common import machine, peak_tflops
-from .lines import all_lines
+from .lines import all_lines, compiled_way
 from .networks import SIZES, SMOLLM2
 from .processes import measure_lines, measure_lines_here
 from .results import LOG_FILE, TESTS_FILE, Results
@@ -36,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--results", type=Path, default=Path("bd3lm-gpu"), help="folder of the table and the JSON")
     parser.add_argument("--skip", nargs="*", choices=["tests", *PARTS, *NETWORKS], default=[])
+    parser.add_argument("--ways", nargs="*", default=[], help="see above")
     parser.add_argument("--seconds", type=float, default=345.0, help="of all of it")
     parser.add_argument(
         "--processes", type=int, help="that prepare lines at a time; 0: all in this one (default: by the cores)"
@@ -43,7 +47,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test_processes", type=int, default=6, help="of the tests, where pytest-xdist is installed")
     parser.add_argument("--test_seconds", type=float, default=240.0, help="of the tests, at most")
     parser.add_argument("--tests", nargs="*", default=[], help="test files (default: all that run on the device)")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.ways = [compiled_way(text) for text in arguments.ways]
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
 
 
 def about(arguments: argparse.Namespace) -> dict:
@@ -64,7 +73,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     deadline += arguments.seconds
     networks, parts = ([name for name in names if name not in arguments.skip] for names in (NETWORKS, PARTS))
-    lines = all_lines(networks, parts, SIZES[arguments.size].num_texts)
+    lines = all_lines(networks, parts, SIZES[arguments.size].num_texts, arguments.ways)
     results = Results(arguments.results, lines, about(arguments))
     print(results.about["sentence"], flush=True)
     num_processes = arguments.processes

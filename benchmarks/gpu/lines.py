@@ -1,7 +1,11 @@
 """The lines of the table: what is measured, and beside what."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+
+ATTENTIONS = ("sdpa", "flex_attention")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Line:
         is_fast: compiled training, or generation with `cache_implementation="static"`.
         attention: of training.
         num_texts: at once, in generation.
-        block_size, arguments: of generation by block diffusion; the arguments are those of `generate`.
+        block_size, arguments: of block diffusion; the arguments are those of `generate`, or of `compile_training`.
         note: what its name says of these.
     """
 
@@ -58,6 +62,24 @@ class Line:
         )
 
 
+def compiled_way(text: str) -> Line:
+    """
+    A line of training from "ATTENTION:MODE[:BUDGET]": the attention, the mode of `torch.compile` and the memory budget
+    of `compile_training`. Raises a ValueError for other texts.
+    """
+    try:
+        attention, mode, *budget = text.split(":")
+        arguments = {"memory_budget": float(budget[0])} if budget else {}
+        if attention not in ATTENTIONS or mode not in MODES or len(budget) > 1:
+            raise ValueError(text)
+    except ValueError:
+        rule = f"ATTENTION:MODE[:BUDGET] with {', '.join(ATTENTIONS)} and {', '.join(MODES)}"
+        raise ValueError(f"`ways` must be of the form {rule}, but got {text!r}.") from None
+    arguments |= {} if mode == "default" else {"mode": mode}
+    note = ", ".join([mode, *(f"memory budget {number}" for number in budget)])
+    return Line("training", "published", "block diffusion", attention=attention, arguments=arguments, note=note)
+
+
 def training_lines(network: str) -> list[Line]:
     return [
         Line("training", network, "autoregressive"),
@@ -83,7 +105,7 @@ def generation_lines(network: str, many: int) -> list[Line]:
     return lines
 
 
-def all_lines(networks: Sequence[str], parts: Sequence[str], many: int = 32) -> list[Line]:
+def all_lines(networks: Sequence[str], parts: Sequence[str], many: int = 32, ways: Sequence[Line] = ()) -> list[Line]:
     """
     All lines of some networks and parts, those that matter most first.
 
@@ -91,10 +113,12 @@ def all_lines(networks: Sequence[str], parts: Sequence[str], many: int = 32) -> 
         networks: of "published" and "adapted".
         parts: of "training" and "generation".
         many: texts at once in the lines of generation that have several.
+        ways: further ones to compile the training of the published network, as [`compiled_way`] makes them.
     """
     lines = []
     for network in networks:
-        training, generation = training_lines(network), generation_lines(network, many)
+        further = [replace(way, network=network) for way in ways]
+        training, generation = training_lines(network) + further, generation_lines(network, many)
         # Training takes the memory of the device: what prepares beside it shall not be training too.
         for number, line in enumerate(training):
             lines += [line, *generation[2 * number : 2 * number + 2]]

@@ -23,6 +23,8 @@ LAUNCHES = (
     "cudaGraphLaunch",
 )  # fmt: skip
 SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+# Kernels of a line that are kept, and letters of the name of one.
+NUM_KERNELS, LONGEST_NAME = 16, 110
 # After so many no other round is timed.
 ENOUGH_SECONDS = 2.0
 # Tokens of a text that is generated for the profiler, where its number is no part of what was compiled.
@@ -61,6 +63,7 @@ class Figures:
         peak_memory: GiB that were allocated, the weights included.
         launches, synchronizations: of the host, per training step or per forward of generation.
         forwards_per_token: of generation, per text.
+        kernels: of training, those that take longest on the device: (name, milliseconds, how often), per step.
     """
 
     tokens_per_second: float
@@ -71,6 +74,7 @@ class Figures:
     launches: float | None
     synchronizations: float | None
     forwards_per_token: float | None
+    kernels: list[tuple[str, float, float]]
 
 
 def prepare(line: Line, size: GpuSize, device: str) -> Prepared:
@@ -88,6 +92,8 @@ def prepare(line: Line, size: GpuSize, device: str) -> Prepared:
 def prepare_training(line: Line, size: GpuSize, device: str) -> Prepared:
     """Forward and backward passes over one batch, without an optimizer, bfloat16 by autocast over float32 weights."""
     model = make_model(line, size).to(device).train()
+    # The ids of the first batches are looked at, for which the host waits.
+    model._num_checks_left = 0
     shape = size.published.batch_size, size.published.length
     # The last id may be the mask token's.
     ids = torch.randint(model.config.get_text_config(decoder=True).vocab_size - 1, shape).to(device)
@@ -113,7 +119,7 @@ def make_loss(line: Line, model, device: str) -> Callable[[torch.Tensor], torch.
     if not line.is_fast or device != "cuda":
         return loss_of
     if line.model == "block diffusion":
-        compile_training(model)
+        compile_training(model, **line.arguments)
         return loss_of
     return torch.compile(loss_of)
 
@@ -160,7 +166,7 @@ def measure(line: Line, prepared: Prepared, size: GpuSize, device: str) -> Figur
     speed = prepared.num_tokens * prepared.number / median(seconds)
     peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    launches, synchronizations = counts(prepared, device)
+    launches, synchronizations, kernels = counts(prepared, line, device)
     return Figures(
         tokens_per_second=speed,
         flops_per_token=prepared.flops,
@@ -170,18 +176,31 @@ def measure(line: Line, prepared: Prepared, size: GpuSize, device: str) -> Figur
         launches=launches,
         synchronizations=synchronizations,
         forwards_per_token=num_runs / prepared.number if line.part == "generation" else None,
+        kernels=kernels,
     )
 
 
-def counts(prepared: Prepared, device: str) -> tuple[float | None, float | None]:
-    """Launches and synchronizations of the host per step or forward: None on a CPU."""
+def counts(prepared: Prepared, line: Line, device: str) -> tuple[float | None, float | None, list]:
+    """Launches and synchronizations of the host per step or forward, and the kernels of a step: none on a CPU."""
     if device != "cuda":
-        return None, None
+        return None, None, []
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         with record_function("measured"):
             num_runs = prepared.run(prepared.num_profiled)
         synchronize(device)
-    return counts_of(recorded.events(), num_runs)
+    # Of generation there are too many events to be added up in the time that there is.
+    kernels = longest_kernels(recorded.key_averages(), num_runs) if line.part == "training" else []
+    return *counts_of(recorded.events(), num_runs), kernels
+
+
+def longest_kernels(events, num_runs: float) -> list[tuple[str, float, float]]:
+    """Of the sums that a profiler has made: name, milliseconds and number of a kernel, per run, the longest first."""
+    kernels = [event for event in events if event.self_device_time_total > 0 and not event.cpu_time_total]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    return [
+        (event.key[:LONGEST_NAME], event.self_device_time_total / num_runs / 1e3, event.count / num_runs)
+        for event in kernels[:NUM_KERNELS]
+    ]
 
 
 def counts_of(events, num_runs: float) -> tuple[float, float]:

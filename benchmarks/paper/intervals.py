@@ -6,6 +6,7 @@ block size, the one that was trained with the search, and on the same batches.
 """
 
 from collections.abc import Collection, Sequence
+from functools import partial
 
 from bd3lm_hf.modeling.diffusion_block_diffusion import FULL_NOISE_INTERVAL
 
@@ -25,16 +26,40 @@ def arms(scale: Scale) -> dict[str, Arm]:
     return {"4": Arm(4, search=True), "16": Arm(16, search=True)}
 
 
+def fixed_arms(searched: Arm) -> list[Arm]:
+    """Those of the same block size whose interval stays as it is."""
+    return [Arm(searched.block_size, noise_interval=interval) for interval in INTERVALS]
+
+
+def variances_of(bench: Workbench, searched: Arm, seeds: Sequence[int]) -> list[dict]:
+    """Of each seed the variances under all intervals, on the model whose interval was searched for."""
+
+    def measure_one(model, seed: int) -> dict:
+        return variances(bench, model, fixed_arms(searched), seed)
+
+    return [bench.measured(searched, seed, "intervals", partial(measure_one, seed=seed)) for seed in seeds]
+
+
+def search(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> None:
+    """The models whose interval is searched for, and the variances."""
+    for searched in parts_of(arms(bench.scale), parts).values():
+        variances_of(bench, searched, seeds)
+        for seed in seeds:
+            bench.record(searched, seed)
+
+
+def fixed(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> None:
+    """The models whose interval stays as it is."""
+    for searched in parts_of(arms(bench.scale), parts).values():
+        for arm in fixed_arms(searched):
+            for seed in seeds:
+                bench.record(arm, seed)
+
+
 def measure(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> dict:
     results = {}
     for name, searched in parts_of(arms(bench.scale), parts).items():
-        fixed = [Arm(searched.block_size, noise_interval=interval) for interval in INTERVALS]
-        varied = [
-            bench.measured(
-                searched, seed, "intervals", lambda model, arms=fixed, seed=seed: variances(bench, model, arms, seed)
-            )
-            for seed in seeds
-        ]
+        fixed, varied = fixed_arms(searched), variances_of(bench, searched, seeds)
         full = over_seeds(bench.record(fixed[0], seed)["average"]["nelbo"] for seed in seeds)
         of_interval = {}
         for arm in fixed:

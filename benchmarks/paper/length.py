@@ -132,18 +132,44 @@ def _lengths(bench: Workbench, samples: Sequence[Sequence[int]]) -> dict:
     }
 
 
-def measure(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> dict:
-    measurements = {
+def measurements(bench: Workbench, arm: Arm, seeds: Sequence[int], *names: str) -> list[list[dict]]:
+    """Of an arm, for each of some names what was measured of each seed."""
+    known = {
         "long_likelihood": lambda model, seed: likelihood(bench, model),
         "long_samples": lambda model, seed: long_samples(bench, model, seed),
         "lengths": lambda model, seed: lengths(bench, model, seed),
     }
+    return [[bench.measured(arm, seed, name, partial(known[name], seed=seed)) for seed in seeds] for name in names]
+
+
+def texts(bench: Workbench, seeds: Sequence[int]) -> tuple[list[dict], dict]:
+    """What is known of the held-out text: of each seed by its judge, and how long its documents are."""
+    judged = [
+        bench.measured(
+            AUTOREGRESSIVE, seed, "long_text", lambda _, seed=seed: quality(bench, bench.long_sequences, seed)
+        )
+        for seed in seeds
+    ]
+    return judged, bench.measured(AUTOREGRESSIVE, seeds[0], "text_lengths", lambda _: text_lengths(bench))
+
+
+def read(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> None:
+    """What needs no judge: likelihoods, and when samples end."""
+    for arm in parts_of(arms(bench.scale), parts).values():
+        measurements(bench, arm, seeds, "long_likelihood", "lengths")
+
+
+def write(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> None:
+    """What a judge reads."""
+    for arm in parts_of(arms(bench.scale), parts).values():
+        measurements(bench, arm, seeds, "long_samples")
+    texts(bench, seeds)
+
+
+def measure(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | None = None) -> dict:
     likelihoods, samples, ends = {}, {}, {}
     for size, arm in parts_of(arms(bench.scale), parts).items():
-        read, written, ended = (
-            [bench.measured(arm, seed, name, partial(take, seed=seed)) for seed in seeds]
-            for name, take in measurements.items()
-        )
+        read, written, ended = measurements(bench, arm, seeds, "long_likelihood", "long_samples", "lengths")
         likelihoods[size] = {way: _by_range([each[way] for each in read]) for way in WAYS}
         samples[size] = {
             way: {figure: _by_range([each[way][figure] for each in written]) for figure in written[0][way]}
@@ -154,18 +180,13 @@ def measure(bench: Workbench, seeds: Sequence[int], parts: Collection[str] | Non
             "ended_by_eos": over_seeds(each["ended_by_eos"] for each in ended),
             "quartiles": [over_seeds(each["quantiles"][number] for each in ended) for number in (1, 2, 3)],
         }
-    text = [
-        bench.measured(
-            AUTOREGRESSIVE, seed, "long_text", lambda _, seed=seed: quality(bench, bench.long_sequences, seed)
-        )
-        for seed in seeds
-    ]
+    text, own_lengths = texts(bench, seeds)
     return {
         "likelihood": likelihoods,
         "samples": samples,
         "text": {figure: _by_range([each[figure] for each in text]) for figure in ("nll", "entropy", "repetition")},
         "lengths": ends,
-        "text_lengths": bench.measured(AUTOREGRESSIVE, seeds[0], "text_lengths", lambda _: text_lengths(bench)),
+        "text_lengths": own_lengths,
     }
 
 

@@ -77,11 +77,12 @@ python -m benchmarks.paper --scale gpu --data packages --slice NAME --seed 0 --r
 
 runs one slice for one seed: it trains what it measures, and needs no other slice and no packages but torch,
 Transformers and Accelerate. The slices are {", ".join(f"`{name}`" for name in SLICES)};
-`blocks` is both of those before it. Nothing is trained or begun after `--seconds` (450); what there was no time for
-says so, and the JSON holds what was done until then. `--data packages` is the Python source of the standard library
-and of the installed packages, equal files once; `--torch_compile` and `--no-torch_compile` say whether training is
-compiled, in place of the trainer. The JSON of all slices and seeds goes into `benchmarks/paper/results/`, and the
-report puts it together."""
+experiments that take several are put together by the report. From the operations of a step and the speed of a larger
+network on an H200 a slice is reckoned to take six to seven and a half minutes. Nothing is trained or begun after
+`--seconds` (450); what there was no time for says so, and the JSON holds what was done until then. `--data packages`
+is the Python source of the standard library and of the installed packages, equal files once; `--torch_compile` and
+`--no-torch_compile` say whether training is compiled, in place of the trainer. The JSON of all slices and seeds goes
+into `benchmarks/paper/results/`, and the report puts it together."""
     return text if has_run else f"{text}\n\n**Not run** yet on a GPU. The tests run slices at a tiny size on a CPU."
 
 

@@ -21,19 +21,21 @@ from .workbench import Arm, OutOfTime, Workbench, measurement_name, run_name, wr
 
 
 EXPERIMENTS = {"likelihood": likelihood, "generation": generation, "intervals": intervals, "length": length}
-# Of each slice the experiments, and which of their arms. The autoregressive model judges samples.
+# Of each slice the experiments, or what of them (a function of their module), and which of their arms. The
+# autoregressive model judges samples.
 SLICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "blocks-1-4": {"likelihood": ("autoregressive", "1", "4"), "generation": ("1", "4")},
-    "blocks-16-length": {"likelihood": ("autoregressive", "16", "length"), "generation": ("16", "length")},
-    "blocks": {
-        "likelihood": ("autoregressive", "1", "4", "16", "length"),
-        "generation": ("1", "4", "16", "length"),
+    **{
+        f"blocks-{size}": {"likelihood": ("autoregressive", size), "generation": (size,)}
+        for size in ("1", "4", "16", "length")
     },
-    "intervals-4": {"intervals": ("4",)},
-    "intervals-16": {"intervals": ("16",)},
-    "length-1": {"length": ("1",)},
-    "length-4": {"length": ("4",)},
-    "length-16": {"length": ("16",)},
+    **{
+        f"intervals-{size}-{what}": {f"intervals.{what}": (size,)}
+        for size in ("4", "16")
+        for what in ("search", "fixed")
+    },
+    **{
+        f"length-{size}-{what}": {f"length.{what}": (size,)} for size in ("1", "4", "16") for what in ("read", "write")
+    },
 }
 SECONDS = 450.0
 
@@ -91,7 +93,8 @@ def run_slice(description: str, argv: Sequence[str] | None = None) -> Path:
     bench.on_entry = keep
     for name, arms in SLICES[arguments.slice].items():
         try:
-            EXPERIMENTS[name].measure(bench, [arguments.seed], arms)
+            experiment, _, function = name.partition(".")
+            getattr(EXPERIMENTS[experiment], function or "measure")(bench, [arguments.seed], arms)
             state = "done"
         except OutOfTime as error:
             state = f"no time left for {error}"
@@ -126,11 +129,17 @@ def merged_documents(results: Path, scale: str) -> dict[str, dict]:
     found = {}
     for name, module in EXPERIMENTS.items():
         parts, complete = complete_parts(bench, module, seeds)
-        if complete:
-            used = [each for each in slices if name in SLICES[each["slice"]] and each["seed"] in complete]
+        used = [each for each in slices if name in experiments_of(each) and each["seed"] in complete]
+        # Slices of others may have trained what this one would show.
+        if used:
             document = {"experiment": name, **_common(used), "settings": settings, "seeds": complete}
             found[name] = {**document, "results": module.measure(bench, complete, parts)}
     return found
+
+
+def experiments_of(document: dict) -> set[str]:
+    """The experiments that a slice has something of."""
+    return {name.partition(".")[0] for name in document["experiments"]}
 
 
 def complete_parts(bench: MergedSlices, module, seeds: Sequence[int]) -> tuple[list[str], list[int]]:
