@@ -99,3 +99,24 @@ def wait_for_end(events, seconds=60):
             return
         time.sleep(0.002)
     raise AssertionError(f"no end came, but {events}")
+
+
+def save_tiny(tiny, folder):
+    """The model and its tokenizer in a folder of their own."""
+    for part in tiny:
+        part.save_pretrained(folder)
+    return folder
+
+
+def step_with_a_broken_slot(engine, slot, monkeypatch):
+    """A step in which every forward that reads a slot runs out of memory."""
+    doomed, forward = engine._slots.caches[slot], engine._slots.forward
+
+    def fails(calls):
+        if any(doomed in call.caches for call in calls):
+            raise RuntimeError("out of memory")
+        return forward(calls)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._slots, "forward", fails)
+        engine.step()

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from serving import make_tiny
+from serving import make_tiny, save_tiny
 
 from bd3lm_hf import BD3LMForMaskedLM
 from bd3lm_hf.cli import main
@@ -29,10 +29,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    for part in tiny:
-        part.save_pretrained(folder)
-    return folder
+    return save_tiny(tiny, tmp_path_factory.mktemp("models") / "tiny")
 
 
 def write_rows(path, rows):

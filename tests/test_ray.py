@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from serving import KEY, make_tiny
+from serving import KEY, make_tiny, save_tiny
 
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'bd3lm-hf[ray]'")
@@ -39,10 +39,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    for part in tiny:
-        part.save_pretrained(folder)
-    return folder
+    return save_tiny(tiny, tmp_path_factory.mktemp("models") / "tiny")
 
 
 @contextmanager

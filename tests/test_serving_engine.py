@@ -4,7 +4,17 @@ import random
 
 import pytest
 import torch
-from serving import BROKEN, ask, check, make_adapted, make_model, prompt, run_all, wait_for_end
+from serving import (
+    BROKEN,
+    ask,
+    check,
+    make_adapted,
+    make_model,
+    prompt,
+    run_all,
+    step_with_a_broken_slot,
+    wait_for_end,
+)
 from transformers import StoppingCriteriaList
 
 from bd3lm_hf.serving.engine import Engine, EngineLimits
@@ -293,17 +303,7 @@ def test_a_forward_that_fails_for_one_is_run_again_for_the_others(model, monkeyp
     engine.submit(*(request for request, _ in asked))
     for _ in range(3):
         engine.step()
-    doomed = engine._slots.caches[1]
-    forward = engine._slots.forward
-
-    def fails(calls):
-        if any(doomed in call.caches for call in calls):
-            raise RuntimeError("out of memory")
-        return forward(calls)
-
-    monkeypatch.setattr(engine._slots, "forward", fails)
-    engine.step()
-    monkeypatch.undo()
+    step_with_a_broken_slot(engine, 1, monkeypatch)
     run_all(engine)
     kinds = [type(events[-1]) for _, events in asked]
     assert sorted(kind.__name__ for kind in kinds) == ["Ended", "Ended", "Failed"]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from serving import BROKEN, ask, check, make_adapted, make_model, prompt, run_all
+from serving import BROKEN, ask, check, make_adapted, make_model, prompt, run_all, step_with_a_broken_slot
 
 from bd3lm_hf.modeling.prediction_block_diffusion import TokenPredictor
 from bd3lm_hf.modeling.samplers_block_diffusion import ConfidenceSampler
@@ -137,16 +137,7 @@ def test_a_forward_that_fails_for_one_of_several_settings_fails_for_no_other(mon
     engine.submit(*(request for request, _ in asked))
     for _ in range(3):
         engine.step()
-    doomed, forward = engine._slots.caches[3], engine._slots.forward
-
-    def fails(calls):
-        if any(doomed in call.caches for call in calls):
-            raise RuntimeError("out of memory")
-        return forward(calls)
-
-    monkeypatch.setattr(engine._slots, "forward", fails)
-    engine.step()
-    monkeypatch.undo()
+    step_with_a_broken_slot(engine, 3, monkeypatch)
     run_all(engine)
     assert [type(events[-1]) is Failed for _, events in asked].count(True) == 1
     for request, events in asked:

@@ -55,15 +55,7 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
                         )
                         write, stop_writing = buttons("write", "Write")
                     with gr.Tab("Fill gaps"):
-                        gapped = gr.Textbox(
-                            label="Text with gaps",
-                            info=f"Three underscores are a gap, or a mask token for each token of one. {LIMITS}",
-                            placeholder=f"def {GAP}(path):",
-                            lines=3,
-                            max_lines=12,
-                            elem_id="gapped",
-                        )
-                        gap_length = gr.Slider(1, 32, 4, step=1, label="Tokens per gap", elem_id="gap_length")
+                        gapped, gap_length = gap_inputs()
                         fill, stop_filling = buttons("fill", "Fill")
                 choices = choices_of(config.block_size)
             with gr.Column(scale=3, min_width=400):
@@ -87,6 +79,19 @@ def make_page(pipeline: Any, name: str) -> gr.Blocks:
         for stop in (stop_writing, stop_filling):
             stop.click(None, cancels=runs)
     return page.queue(max_size=MOST_WAITING)
+
+
+def gap_inputs() -> tuple[gr.Textbox, gr.Slider]:
+    """A text with gaps, and their length."""
+    gapped = gr.Textbox(
+        label="Text with gaps",
+        info=f"Three underscores are a gap, or a mask token for each token of one. {LIMITS}",
+        placeholder=f"def {GAP}(path):",
+        lines=3,
+        max_lines=12,
+        elem_id="gapped",
+    )
+    return gapped, gr.Slider(1, 32, 4, step=1, label="Tokens per gap", elem_id="gap_length")
 
 
 def buttons(elem_id: str, label: str) -> tuple[gr.Button, gr.Button]:

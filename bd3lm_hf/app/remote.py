@@ -11,7 +11,7 @@ import gradio as gr
 import httpx
 
 from .drawing import draw_cards, draw_error, draw_plain
-from .page import HINT, MOST_WAITING, buttons, choices_of
+from .page import HINT, MOST_WAITING, buttons, choices_of, gap_inputs
 from .patience import waiting_for_reader
 from .writing import GAP, LIMITS, MOST_CHARACTERS, MOST_GAPS, MOST_TOKENS, Shown, check_at_most, options_of
 
@@ -257,15 +257,7 @@ def _tabs(card: dict[str, Any], longest: int) -> Callable[..., list[tuple]]:
             num_answer = slider(elem_id="max_answer_tokens")
             chat = buttons("chat", "Send")
         with gr.Tab("Fill gaps"):
-            gapped = gr.Textbox(
-                label="Text with gaps",
-                info=f"Three underscores are a gap, or a mask token for each token of one. {LIMITS}",
-                placeholder=f"def {GAP}(path):",
-                lines=3,
-                max_lines=12,
-                elem_id="gapped",
-            )
-            gap_length = gr.Slider(1, 32, 4, step=1, label="Tokens per gap", elem_id="gap_length")
+            gapped, gap_length = gap_inputs()
             fill = buttons("fill", "Fill")
 
     def connect(writer: RemoteWriter, text: gr.HTML, legend: gr.HTML, figures: gr.HTML) -> list[tuple]:
