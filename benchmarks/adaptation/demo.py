@@ -6,12 +6,15 @@ source at one, two and four tokens per forward; `report.md` and `report.png` in 
 """
 
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bd3lm_hf import BlockDiffusionForMaskedLM
 
 from ..common import machine
 from .workbench import BLOCK_SIZE, LENGTH, Recipe, Workbench, has_fast_bf16, workbench_parser
@@ -20,6 +23,7 @@ from .workbench import BLOCK_SIZE, LENGTH, Recipe, Workbench, has_fast_bf16, wor
 SCORED_SIZES = (1, 2, 4, 8)
 TOKENS_PER_FORWARD = (1, 2, 4)
 NUM_NEW_TOKENS = 48
+NUM_ROUNDS = 3
 NUM_TOKENS = {"cpu": 240_000, "cuda": 8_000_000}
 # The one that costs least (docs/results.md).
 RECIPE = Recipe()
@@ -41,7 +45,6 @@ def run(argv: Sequence[str] | None = None) -> int:
         "source": bench.nats(source),
     }
     print(f"source: {results['source']['nats']:.4f} nats per token", flush=True)
-    results["source_text"] = write(source, bench, None)
     del source
 
     model, tokenizer = bench.adapted(RECIPE)
@@ -49,10 +52,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     difference = abs(results["before"]["1"]["nats"] - results["source"]["nats"])
     results["training"] = bench.train(model, tokenizer, RECIPE, num_tokens, seed=0)
     model.config.block_size = BLOCK_SIZE
-    results["after"] = scores(bench, model, "after training")
-    results["texts"] = {str(count): write(model, bench, count) for count in TOKENS_PER_FORWARD}
     for part in (model, tokenizer):
         part.save_pretrained(bench.folder / "model")
+    # What was saved is scored, in float32 as before; accelerate leaves bfloat16 autocast around what it has trained.
+    model = BlockDiffusionForMaskedLM.from_pretrained(bench.folder / "model", dtype=torch.float32)
+    model = model.to(args.device).eval()
+    results["after"] = scores(bench, model, "after training")
+    results |= written(bench, model)
     (bench.folder / "report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (bench.folder / "report.md").write_text(report(results), encoding="utf-8")
     plot(results, bench.folder / "report.png")
@@ -72,19 +78,33 @@ def scores(bench: Workbench, model, when: str) -> dict[str, Any]:
     return results
 
 
-def write(model, bench: Workbench, tokens_per_forward: int | None) -> dict[str, Any]:
+def written(bench: Workbench, model) -> dict[str, Any]:
+    """
+    What the source and the model write, with tokens per second: medians of rounds in which one writes after the other.
+    """
+    source = bench.load_source()
+    ways = {None: source} | dict.fromkeys(TOKENS_PER_FORWARD, model)
+    texts: dict[int | None, str] = {}
+    speeds: dict[int | None, list[float]] = {count: [] for count in ways}
+    # The first round warms up.
+    for round_number in range(1 + NUM_ROUNDS):
+        for count, writer in ways.items():
+            texts[count], speed = write(writer, bench, count)
+            speeds[count] += [speed] if round_number else []
+    results = {count: {"text": texts[count], "tokens_per_second": statistics.median(speeds[count])} for count in ways}
+    return {"source_text": results.pop(None), "texts": {str(count): text for count, text in results.items()}}
+
+
+def write(model, bench: Workbench, tokens_per_forward: int | None) -> tuple[str, float]:
     """A continuation of the first held-out text, and tokens per second; None is the source's own `generate`."""
     prompt = torch.tensor([bench.text["held_out"][0]["input_ids"][: LENGTH // 2]], device=model.device)
     options: dict[str, Any] = {"max_new_tokens": NUM_NEW_TOKENS, "min_new_tokens": NUM_NEW_TOKENS, "do_sample": False}
     if tokens_per_forward is not None:
         options |= {"sampler": "confidence", "denoising_steps": BLOCK_SIZE // tokens_per_forward}
-    # The first call warms up.
-    model.generate(prompt, **{**options, "max_new_tokens": 4, "min_new_tokens": 4})
     start = time.perf_counter()
     output = model.generate(prompt, **options)
     seconds = time.perf_counter() - start
-    text = bench.tokenizer.decode(output[0, prompt.shape[1] :])
-    return {"text": text, "tokens_per_second": NUM_NEW_TOKENS / seconds}
+    return bench.tokenizer.decode(output[0, prompt.shape[1] :]), NUM_NEW_TOKENS / seconds
 
 
 def report(results: dict[str, Any]) -> str:
