@@ -38,9 +38,11 @@ class CommitCache(Cache):
 
     def _update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
         num_transient = key_states.shape[-2] - self.num_commit
+        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
+        # Older ones have one dtype for both, which under autocast are of two.
+        value_states = value_states.to(key_states.dtype) if isinstance(layer, StaticLayer) else value_states
         if num_transient <= 0:
             return self.cache.update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.cache.layers[layer_idx] if layer_idx < len(self.cache.layers) else None
         if isinstance(layer, StaticSlidingWindowLayer):
             got = "some; take `StaticCache` or `DynamicCache`"
             raise ValueError(f"`cache` must not have static sliding layers, but got {got}.")

@@ -112,14 +112,11 @@ class RowProgress:
     """How far each row of a canvas has come: what criteria and streamer are shown, and where rows end."""
 
     def __init__(self, canvas: Canvas, generation_config, criteria: StoppingCriteriaList, streamer: Any):
-        self.canvas, self.streamer = canvas, streamer
-        self.pad_token_id = generation_config._pad_token_tensor
-        self.unfinished = torch.ones_like(canvas.num_clean, dtype=torch.bool)
-        self.num_generated = torch.zeros_like(canvas.num_clean)
-        self.num_streamed = canvas.first_gap
+        self.canvas, self.streamer, self.num_streamed = canvas, streamer, canvas.first_gap
+        self.pad_token_id, self.num_generated = generation_config._pad_token_tensor, torch.zeros_like(canvas.num_clean)
+        self.unfinished, self.stopping_criteria = torch.ones_like(canvas.num_clean).bool(), copy.copy(criteria)
         if streamer is not None:
             streamer.put(canvas.tokens[:, : canvas.first_gap].cpu())
-        self.stopping_criteria = copy.copy(criteria)
         if generation_config.entropy_stop_threshold is not None:
             rule = (generation_config.entropy_stop_threshold, generation_config.entropy_stop_window)
             self.stopping_criteria.append(EntropyStoppingCriteria(*rule, canvas.first_column))
@@ -132,15 +129,17 @@ class RowProgress:
         eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
         self.eos_token_id = torch.cat([ids.flatten() for ids in eos]).to(canvas.tokens.device) if eos else None
 
-    def finish_block(self, columns: Tensor) -> bool:
-        """Shows criteria and streamer the finished block at `columns` [batch, block_size]; whether a row goes on."""
+    def finish_block(self, columns: Tensor, predictor: TokenPredictor) -> bool:
+        """Shows the finished block at `columns` [batch, block_size]; whether a row goes on. Raises as `complain`."""
         canvas, index = self.canvas, columns - self.canvas.prompt_width
         is_new = self.unfinished[:, None] & (index >= self.num_generated[:, None]) & (index < canvas.num_new)
         ends = is_new & self._stops(columns, index)
         # Later tokens of a row that ends are not part of it.
         self.num_generated = self.num_generated + (is_new & (ends.long().cumsum(-1) - ends.long() == 0)).sum(-1)
         self.unfinished = self.unfinished & ~ends.any(-1)
-        num_unfinished = int(self.unfinished.sum())
+        num_unfinished = int(torch.where(predictor.sum_of_scores.isfinite(), self.unfinished.sum(), -1))
+        if num_unfinished < 0:
+            predictor.complain()
         if self.pad_token_id is not None and num_unfinished < len(self.unfinished):
             canvas.tokens.masked_fill_(self.after_end(), self.pad_token_id)
         if self.streamer is not None:
@@ -288,14 +287,13 @@ class Denoiser:
     def denoise_block(self, stage: int, columns: Tensor, progress: RowProgress) -> None:
         """Reveals the tokens to fill in one block of every unfinished row, at its `columns` [batch, block_size]."""
         task = self._start_block(stage, columns, progress)
-        num_steps = 0 if self._may_wait else task.sampler.num_steps(int(task.masked.sum(-1).max()))
         task.sampler.start(task.masked, task.noise)
-        while num_steps > 0 or not task.sampler.is_finished(task.masked):
+        num_steps = -1 if self._may_wait else task.sampler.num_steps(task.masked) or -1
+        while num_steps > 0 or (num_steps < 0 and not task.sampler.is_finished(task.masked)):
             num_steps -= 1
             self.take_step(task)
             self._show(task, progress.streamer)
         self.canvas.tokens.scatter_(1, columns, task.block)
-        self.predictor.check()
 
     def _start_block(self, stage: int, columns: Tensor, progress: RowProgress) -> BlockTask:
         """The task of the next block of each row, before its first step."""

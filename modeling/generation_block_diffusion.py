@@ -409,7 +409,7 @@ class BlockDiffusionGenerationMixin(GenerationMixin):
             # 2. Denoise one block of every row, 3. see where rows end.
             columns = canvas.columns(stage)
             denoiser.denoise_block(stage, columns, progress)
-            goes_on = progress.finish_block(columns)
+            goes_on = progress.finish_block(columns, denoiser.predictor)
             denoiser.append_block(columns)
             if not goes_on:
                 break

@@ -144,12 +144,10 @@ class TokenPredictor:
         self.mask_token_id, self.prompts = mask_token_id, prompts
         self.reads_context = any(not ignores_context(part) and least_length(part) is None for part in logits_processor)
         # Finite as long as what they are sums of is: of logits the largest of each candidate.
-        self._sum_of_logits = self._sum_of_scores = torch.zeros((), device=prompts.device)
+        self._sum_of_logits = self.sum_of_scores = torch.zeros((), device=prompts.device)
 
-    def check(self) -> None:
-        """Raises a ValueError if scores so far were NaN, infinite or left no token to draw; waits for the device."""
-        if self._sum_of_scores.isfinite():
-            return
+    def complain(self) -> None:
+        """Raises a ValueError of scores that were NaN, infinite or left no token, whose sum so is not finite."""
         if not self.logits_processor or not self._sum_of_logits.isfinite():
             got = "NaN or infinite ones; look for such numbers among its weights, or load it in a dtype of wider range"
             raise ValueError(f"The logits of a masked token must be finite, but the model gave {got}.")
@@ -178,7 +176,7 @@ class TokenPredictor:
             chosen, largest = sample_tokens(scores, uniform.gather(1, kept).flatten())
         else:
             largest, chosen = scores.max(-1)
-        self._sum_of_scores = self._sum_of_scores + torch.where(candidates, largest, 0.0).sum()
+        self.sum_of_scores = self.sum_of_scores + torch.where(candidates, largest, 0.0).sum()
         tokens = torch.zeros_like(columns).scatter(1, kept, chosen.view(kept.shape))
         return Prediction(kept, is_candidate, tokens, logits, scores)
 

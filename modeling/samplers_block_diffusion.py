@@ -19,8 +19,7 @@ class BlockNoise:
     num_ahead = 64
 
     def __init__(self, seeds: list[int] | None, blocks: list[int], shape: torch.Size, device: torch.device):
-        self.shape, self.device, self.generators = shape, device, None
-        self._drawn: list[Tensor] = []
+        self.shape, self.device, self.generators, self._drawn = shape, device, None, []
         if seeds is not None:
             # Numbers that differ for neighbouring seeds and blocks.
             self.generators = [generator_of(f"{seed} {block}") for seed, block in zip(seeds, blocks, strict=True)]
@@ -62,8 +61,8 @@ class Sampler:
         """Whether the block is done; `masked`, bool [batch, block_size], is what is left of it."""
         return not masked.any()
 
-    def num_steps(self, num_masked: int) -> int:
-        """How many steps may be taken of at most `num_masked` tokens before a look; 0 where predictions decide."""
+    def num_steps(self, masked: Tensor) -> int:
+        """Steps of a block of which at first these are `masked`, bool [batch, block_size]; 0 if predictions decide."""
         return 0
 
     def candidates(self, masked: Tensor) -> Tensor:
@@ -110,8 +109,8 @@ class FirstHittingSampler(Sampler):
         self._rank, self._uniform = noise.uniform().argsort(stable=True).argsort(), noise.uniform()
         self._mask_probability = torch.ones(masked.shape[0], device=masked.device)
 
-    def num_steps(self, num_masked: int) -> int:
-        return num_masked
+    def num_steps(self, masked: Tensor) -> int:
+        return int(masked.sum(-1).max())
 
     def candidates(self, masked: Tensor) -> Tensor:
         rank = torch.where(masked, self._rank, masked.shape[1])
@@ -128,44 +127,49 @@ class AncestralSampler(Sampler):
     """
     The reverse process in `denoising_steps` steps from t = 1 to 0 (arXiv 2503.09573, Sec. 3.2; arXiv 2406.07524,
     Eq. 7): from p(t), that of the `noise_schedule`, to p(s) each masked token is revealed with probability
-    (p(t) - p(s)) / p(t), drawn before it is predicted.
+    (p(t) - p(s)) / p(t), drawn before it is predicted. Each row goes on to its next step that reveals a token.
 
     With a `remask_cap` in (0, 1], ReMDM's capped schedule (arXiv 2503.00307, Sec. 4.1): each token known before the
     step is masked again with probability sigma = min(remask_cap, p(s) / (1 - p(t))), and masked ones are revealed with
     probability (1 - p(s) - (1 - sigma) (1 - p(t))) / p(t), so that the masked fraction keeps to the schedule.
     """
 
-    may_pause = True
-
     def __init__(self, denoising_steps: int, noise_schedule: str = "loglinear", remask_cap: float = 0.0):
         t = torch.arange(denoising_steps + 1, dtype=torch.float64) / denoising_steps
         levels = NOISE_SCHEDULES[noise_schedule].mask_probability(t).flip(0).tolist()
         # Everything is masked at the start and nothing at the end, where some schedules stop short by 1e-3.
         self.levels = [1.0, *levels[1:-1], 0.0]
-        self.remask_cap, self.may_remask = remask_cap, remask_cap > 0
-        # The step that is being taken.
-        self._step = -1
+        self.remask_cap, self.may_remask, self.may_pause = remask_cap, remask_cap > 0, remask_cap > 0
+        # With remasking, p(t) and p(s) of the steps that are left, the first at the end.
+        self._left, self._remask_probability = [*zip(self.levels, self.levels[1:])][::-1], 0.0
 
-    @property
-    def _remask_probability(self) -> float:
-        before, after = self.levels[self._step : self._step + 2]
-        return min(self.remask_cap, after / (1 - before)) if before < 1 else 0.0
+    def start(self, masked: Tensor, noise: BlockNoise) -> None:
+        super().start(masked, noise)
+        # A token's step is that in which p falls to a uniform number: its p(t) is the least level above the number.
+        levels = torch.tensor(self.levels[::-1], device=masked.device)
+        self._level = levels[torch.bucketize(noise.uniform(), levels, right=True)]
+
+    def num_steps(self, masked: Tensor) -> int:
+        levels = torch.nn.functional.pad(torch.where(masked, self._level, 0.0).sort(-1).values, (1, 0))
+        return 0 if self.may_remask else int((levels.diff(dim=-1) > 0).sum(-1).max())
 
     def is_finished(self, masked: Tensor) -> bool:
-        return self._step == len(self.levels) - 2 or (not self.may_remask and super().is_finished(masked))
+        return not self._left if self.may_remask else super().is_finished(masked)
 
     def candidates(self, masked: Tensor) -> Tensor:
-        self._step += 1
-        before, after = self.levels[self._step : self._step + 2]
+        if not self.may_remask:
+            return masked & (self._level == self.mask_probability(masked)[:, None])
+        before, after = self._left.pop()
+        self._level = torch.full(masked.shape, before, device=masked.device)
+        self._remask_probability = min(self.remask_cap, after / (1 - before)) if before < 1 else 0.0
         probability = (1 - after - (1 - self._remask_probability) * (1 - before)) / before
         return masked & (self.noise.uniform() < probability)
 
     def mask_probability(self, masked: Tensor) -> Tensor:
-        return torch.full(masked.shape[:1], self.levels[self._step], device=masked.device)
+        return torch.where(masked, self._level, 0.0).amax(-1)
 
     def remask(self, known: Tensor) -> Tensor:
-        probability = self._remask_probability
-        return known & (self.noise.uniform() < probability) if probability else torch.zeros_like(known)
+        return known & (self.noise.uniform() < self._remask_probability)
 
 
 class ConfidenceSampler(Sampler):
@@ -187,21 +191,21 @@ class ConfidenceSampler(Sampler):
         tokens_per_step: int = 1,
         sub_block_size: int | None = None,
     ):
-        self.steps_left, self.tokens_per_step = denoising_steps, tokens_per_step
-        self.confidence, self.confidence_threshold = confidence, confidence_threshold
-        self.sub_block_size = sub_block_size
+        self.denoising_steps = self.steps_left = denoising_steps
+        self.confidence_threshold = confidence_threshold
+        self.confidence, self.tokens_per_step, self.sub_block_size = confidence, tokens_per_step, sub_block_size
 
     def start(self, masked: Tensor, noise: BlockNoise) -> None:
         super().start(masked, noise)
-        if self.steps_left is not None:
+        if self.denoising_steps is not None:
             # More steps than tokens reveal one at a time.
-            steps_left = min(self.steps_left, masked.shape[1])
-            self.steps_left = torch.full((), steps_left, dtype=torch.long, device=masked.device)
+            self.steps_left = torch.full((), min(self.denoising_steps, masked.shape[1]), device=masked.device)
 
-    def num_steps(self, num_masked: int) -> int:
+    def num_steps(self, masked: Tensor) -> int:
         if self.confidence_threshold is not None or self.sub_block_size is not None:
             return 0
-        return -(-num_masked // self.tokens_per_step) if self.steps_left is None else min(self.steps_left, num_masked)
+        num_masked, most = int(masked.sum(-1).max()), self.denoising_steps
+        return -(-num_masked // self.tokens_per_step) if most is None else min(most, num_masked)
 
     def candidates(self, masked: Tensor) -> Tensor:
         if self.sub_block_size is None:
@@ -213,13 +217,11 @@ class ConfidenceSampler(Sampler):
     def reveal(self, candidates: Tensor, confidence: Tensor) -> Tensor:
         num_masked = candidates.sum(-1, keepdim=True)
         number = num_masked.clamp(max=self.tokens_per_step)
-        if self.confidence_threshold is None and self.steps_left is not None:
+        if self.confidence_threshold is None and self.denoising_steps is not None:
             number = -(-num_masked // self.steps_left.clamp(min=1))
             self.steps_left = self.steps_left - 1
-        revealed = self.surest(confidence, number)
-        if self.confidence_threshold is None:
-            return revealed
-        return revealed | (confidence > self.confidence_threshold)
+        revealed, threshold = self.surest(confidence, number), self.confidence_threshold
+        return revealed if threshold is None else revealed | (confidence > threshold)
 
 
 class SequentialSampler(ConfidenceSampler):

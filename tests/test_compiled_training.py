@@ -419,10 +419,16 @@ def test_several_processes_train_by_it(kind, process_group):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
-    step = compile_training(wrapped, backend="eager" if kind == "ddp" else None)
+    cuts = []
+
+    def backend(graph, example_inputs):
+        cuts.append(torch._dynamo.config.optimize_ddp)
+        return graph
+
+    step = compile_training(wrapped, backend=backend if kind == "ddp" else None)
     assert step_of(model) is step
     torch.testing.assert_close(drawn_losses(model, wrapped), expected, rtol=1e-4, atol=1e-5)
-    assert step.rooms
+    assert step.rooms and cuts == [False] * (kind == "ddp")
 
 
 # The trainer.

@@ -9,15 +9,20 @@ import gc
 import weakref
 
 import pytest
+import simulated_gpu
 import torch
 from adapted import adapted_lm
+from adapted_cases import adapt
 from conftest import random_model
+from simulated_gpu import GpuTensor, SimulatedGpu
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from bd3lm_hf.kernels import cuda_graphs, detached
 from bd3lm_hf.kernels.cuda_layers import fast_network
-from bd3lm_hf.modeling.denoising_block_diffusion import Denoiser
+from bd3lm_hf.modeling.denoising_block_diffusion import Denoiser, RowProgress
+from bd3lm_hf.modeling.prediction_block_diffusion import TokenPredictor
 
 
 SAMPLERS = {
@@ -25,6 +30,7 @@ SAMPLERS = {
     "nucleus": {"top_p": 0.8, "top_k": 12, "min_p": 0.01, "temperature": 0.9},
     "repetition": {"repetition_penalty": 1.3},
     "greedy": {"do_sample": False},
+    "ancestral": {"sampler": "ancestral", "denoising_steps": 3},
     "steps": {"sampler": "confidence", "denoising_steps": 2},
     "threshold": {"sampler": "confidence", "confidence_threshold": 0.4},
     "margin": {"sampler": "confidence", "confidence": "margin", "tokens_per_step": 2},
@@ -38,6 +44,7 @@ NETWORKS = {
     "adapted, shifted": lambda: adapted_lm(block_size=4),
     "adapted, causal": lambda: adapted_lm(block_size=4, clean_attention="causal"),
     "adapted": lambda: adapted_lm(block_size=4, shift_logits=False),
+    "sliding windows": lambda: adapt("gemma3").eval(),
 }
 
 
@@ -46,7 +53,7 @@ class Reruns:
 
     captured = replayed = 0
 
-    def capture(self, function, pool):
+    def capture(self, function, pool, device):
         self.captured += 1
 
         def replay():
@@ -62,6 +69,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "DEVICES", ("cpu",))
     monkeypatch.setattr(cuda_graphs, "capture", reruns.capture)
     monkeypatch.setattr(cuda_graphs, "new_pool", lambda: None)
+    monkeypatch.setattr(cuda_graphs, "warm_up", lambda function, device: function())
     # The CPU's own nucleus is no processor of Transformers.
     monkeypatch.setattr("bd3lm_hf.kernels.cpu.with_selecting_nucleus", lambda processors: processors)
     # As on a GPU, where the host does not look at tensors.
@@ -129,7 +137,7 @@ def test_what_one_call_left_does_not_reach_the_next(graphs):
     for layer in steps.cache.layers:
         assert not layer.keys.any() and not layer.values.any() and layer.cumulative_length == 0
     for own in steps._owners():
-        for _, buffer in cuda_graphs.tensors_of(own):
+        for _, buffer in cuda_graphs.tensors_in(vars(own)):
             buffer.fill_(1)
     steps.first_logits.fill_(torch.nan)
     assert torch.equal(static(model, ids), expected)
@@ -183,6 +191,53 @@ def test_a_call_within_a_call_has_buffers_of_its_own(graphs):
     assert len(Nested.found) == 3 and all(torch.equal(found, inner) for found in Nested.found)
 
 
+def test_a_call_that_failed_leaves_nothing_and_keeps_nothing_from_the_next(graphs):
+    model, ids = NETWORKS["adapted, shifted"](), prompts(rows=1)
+
+    class Failing:
+        num_put = 0
+
+        def put(self, value):
+            self.num_put += 1
+            if self.num_put == 4:
+                raise RuntimeError("no more")
+
+    expected = generated(model, ids)
+    with pytest.raises(RuntimeError, match="no more"):
+        static(model, ids, streamer=Failing())
+    assert graphs.captured == 2
+    replayed = graphs.replayed
+    assert torch.equal(static(model, ids), expected)
+    assert graphs.captured == 2 and graphs.replayed > replayed
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_without_and_said(graphs, monkeypatch):
+    said = []
+    monkeypatch.setattr(cuda_graphs.logger, "warning_once", said.append)
+
+    def capture(function, pool, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    model, ids = NETWORKS["published"](), prompts()
+    expected = generated(model, ids)
+    assert torch.equal(static(model, ids), expected) and torch.equal(static(model, ids), expected)
+    assert {*said} == {said[0]} and "not permitted when stream is capturing" in said[0]
+
+
+def test_weights_that_autocast_has_cast_are_no_part_of_a_graph(graphs):
+    """It keeps them until it ends; a graph that had read them would find others, or none."""
+    model, ids = NETWORKS["adapted"](), prompts()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = generated(model, ids)
+        first = static(model, ids)
+        with torch.no_grad():
+            model.lm_head.weight.neg_()
+            changed = static(model, ids)
+    assert torch.is_autocast_cache_enabled() and graphs.captured == 2
+    assert torch.equal(first, expected) and not torch.equal(changed, expected)
+
+
 def test_graphs_are_freed_with_the_model(graphs):
     model = NETWORKS["published"]()
     static(model, prompts())
@@ -203,7 +258,7 @@ class Halving(LogitsProcessor):
     ("arguments", "reason"),
     [
         ({"logits_processor": LogitsProcessorList([Halving()])}, "a Halving is among the processors"),
-        ({"sampler": "ancestral", "denoising_steps": 3}, "AncestralSampler"),
+        ({"sampler": "ancestral", "denoising_steps": 3, "remask_cap": 0.5}, "AncestralSampler"),
         ({"output_scores": True, "return_dict_in_generate": True}, "scores, logits"),
         ({"guidance_scale": 1.5}, "guidance"),
         ({"sampler": "confidence", "repetition_penalty": 1.2}, "several tokens at once"),
@@ -277,6 +332,113 @@ def test_steps_wait_for_nothing(network, sampler, cache, graphs, watched_steps):
     generated(NETWORKS[network](), prompts(), **SAMPLERS[sampler], **arguments)
     assert len(watched_steps) > 5
     assert [watch.waits for watch in watched_steps] == [[]] * len(watched_steps)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_how_often_the_host_looks_at_a_block(sampler, cache, graphs, monkeypatch):
+    """Before it, for the number of its steps, and after it; where predictions decide on that, after each step."""
+    watches, num_steps = [], []
+
+    def watched(cls, name, begins):
+        method = getattr(cls, name)
+
+        def within(self, *arguments):
+            if begins:
+                watches.append(Watch())
+                num_steps.append(0)
+            with watches[-1]:
+                return method(self, *arguments)
+
+        monkeypatch.setattr(cls, name, within)
+
+    watched(Denoiser, "denoise_block", True)
+    watched(RowProgress, "finish_block", False)
+    show = Denoiser._show
+
+    def shown(self, *arguments):
+        num_steps[-1] += 1
+        show(self, *arguments)
+
+    monkeypatch.setattr(Denoiser, "_show", shown)
+    arguments = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    generated(NETWORKS["published"](), prompts(), **SAMPLERS[sampler], **arguments)
+    assert len(watches) > 5
+    looks = [1 + number if sampler in ("threshold", "entropy_bound") else 1 for number in num_steps]
+    assert [watch.waits for watch in watches] == [["_local_scalar_dense"] * (number + 1) for number in looks]
+
+
+class OnDeviceAlone(TorchDispatchMode):
+    """Refuses what the recording of a graph refuses: to wait, and to bring something from the CPU or to it."""
+
+    BRINGS = ("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        is_on_cpu = [not isinstance(tensor, GpuTensor) for tensor in tensors]
+        # A number is a part of the graph, a list of them is not.
+        is_list = name == "lift_fresh" and args[0].dim() > 0
+        if is_list or (name in Watch.WAITS and not all(is_on_cpu)) or (name in self.BRINGS and any(is_on_cpu)):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def simulated_graphs(graphs, monkeypatch):
+    """As `graphs`, with the simulated GPU, on which a step is taken under the rules of a recording."""
+    monkeypatch.setattr(cuda_graphs, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(GpuTensor, "data_ptr", lambda self: self.on_cpu.data_ptr(), raising=False)
+    rerun = graphs.capture
+
+    def capture(function, pool, device):
+        def alone():
+            with OnDeviceAlone(), monkeypatch.context() as patch:
+                patch.setattr(simulated_gpu, "to", stays)
+                function()
+
+        return rerun(alone if device.type == "cuda" else function, pool, device)
+
+    def stays(tensor, *arguments, **keywords):
+        moved = to(tensor, *arguments, **keywords)
+        if isinstance(moved, GpuTensor) != isinstance(tensor, GpuTensor):
+            raise RuntimeError("operation not permitted when stream is capturing: to")
+        return moved
+
+    to = simulated_gpu.to
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    return graphs
+
+
+ON_SIMULATED = [("published", sampler) for sampler in ("nucleus", "repetition", "ancestral", "entropy_bound", "ends")]
+ON_SIMULATED += [("time-conditioned", "ancestral"), ("adapted, shifted", "threshold"), ("sliding windows", "nucleus")]
+
+
+@pytest.mark.parametrize(("network", "sampler"), ON_SIMULATED)
+def test_what_is_recorded_is_of_the_device_alone(network, sampler, simulated_graphs):
+    """And of dtypes that go together, in bfloat16."""
+    model, ids = NETWORKS[network]().to(torch.bfloat16), prompts()
+    arguments = {**SAMPLERS[sampler], "max_new_tokens": 9}
+    expected = static(model, ids, **arguments)
+    with SimulatedGpu():
+        found = static(model.to("cuda"), ids.to("cuda"), **arguments).cpu()
+    assert simulated_graphs.captured == 4 and simulated_graphs.replayed >= 4
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("brings", [lambda ids: torch.ones(2, 1).to(ids.device), lambda ids: ids.sum().item()])
+def test_what_cannot_be_recorded_is_found(brings, simulated_graphs, monkeypatch):
+    settle = TokenPredictor.settle
+
+    def settled(self, prediction, revealed, columns, *place):
+        brings(columns)
+        settle(self, prediction, revealed, columns, *place)
+
+    monkeypatch.setattr(TokenPredictor, "settle", settled)
+    model, ids = NETWORKS["published"](), prompts()
+    with SimulatedGpu(), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        static(model.to("cuda"), ids.to("cuda"))
 
 
 def test_waiting_is_found(graphs, watched_steps):

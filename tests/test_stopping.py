@@ -98,18 +98,19 @@ def test_several_eos_tokens_and_the_one_that_is_found_first(generate):
 def test_stop_strings_that_end_inside_a_token_and_begin_in_another(generate, tokenizer):
     free = generate()
     texts = [[TOKENS[token] for token in row] for row in free.tolist()]
+    prompts = ["".join(TOKENS[token] for token in prompt) for prompt in generate.prompts]
     for row in range(3):
         for indices in places(row):
             tokens = texts[row][: indices[2] + 1]
             string = (tokens[-2] + tokens[-1])[-3:] if len(tokens[-1]) == 1 else tokens[-2] + tokens[-1][0]
-            ends = [ends_with_string(other, string) for other in texts]
+            ends = [ends_with_string(other, string, prompt) for other, prompt in zip(texts, prompts)]
             check_ends(generate(stop_strings=[string], tokenizer=tokenizer), free, ends)
 
 
-def ends_with_string(tokens, string):
-    """The first token with which the string is complete: it begins in the new text, and ends in this token."""
+def ends_with_string(tokens, string, prompt=""):
+    """The first token with which the string is complete, which may begin in the prompt: it ends in this token."""
     for index in range(len(tokens)):
-        before, text = "".join(tokens[:index]), "".join(tokens[: index + 1])
+        before, text = prompt + "".join(tokens[:index]), prompt + "".join(tokens[: index + 1])
         found = text.find(string, max(0, len(before) - len(string) + 1))
         if found >= 0 and found + len(string) > len(before):
             return index

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -93,10 +94,8 @@ class TrainingStep:
             return total
         law, width = (shape, config.block_size, config.noise_schedule, *config.noise_interval), -(-total // NUM_WIDTHS)
         if law not in self.rooms:
-            usual, others = (
-                usual_room(config, total),
-                [room for other, room in self.rooms.items() if other[0] == shape],
-            )
+            usual = usual_room(config, total)
+            others = [room for other, room in self.rooms.items() if other[0] == shape]
             # An interval that is chosen in training is not compiled anew where a room that is there is not much wider.
             fitting = [room for room in others if usual <= room <= usual + width]
             self.rooms[law] = min(fitting, default=rounded_up(usual, width, total) if others else usual)
@@ -173,7 +172,8 @@ def compiled_within(memory_budget: float, options: dict[str, Any], function: Cal
 
     @functools.wraps(function)
     def run_within_budget(*args: Any) -> Any:
-        with functorch_config.patch(activation_memory_budget=memory_budget):
+        # Under DDP dynamo would cut the graph, or refuse one with a checkpoint in it.
+        with functorch_config.patch(activation_memory_budget=memory_budget), dynamo_config.patch(optimize_ddp=False):
             return run(*args)
 
     return run_within_budget

@@ -26,7 +26,8 @@ from transformers.cache_utils import StaticLayer
 from transformers.utils import logging
 
 from ..modeling.attention_block_diffusion import MaskKind
-from ..modeling.cache_block_diffusion import CommitCache
+from ..modeling.cache_block_diffusion import CommitCache, read_whole_text
+from .cuda_capture import capture, casting_anew, new_pool, warm_up
 from .cuda_layers import FastNetwork, fast_network
 from .cuda_passes import additive, is_plain, mask_dtype, seen_columns, share_passes
 
@@ -99,7 +100,10 @@ def steps_of(model: nn.Module, plain: Any, cache: StaticCache) -> "CapturedSteps
         while len(kept) > MAX_STEPS:
             kept.popitem(last=False)
     kept.move_to_end(key)
-    return None if kept[key].is_in_use() else kept[key]
+    if kept[key].is_in_use():
+        return None
+    kept[key].forget_call()
+    return kept[key]
 
 
 def why_not_captured(model: nn.Module, plain: Any, cache: Any) -> str | None:
@@ -170,19 +174,6 @@ def attributes(part: Any) -> tuple:
     return tuple((name, str(value)) for name, value in sorted(values.items()) if isinstance(value, PLAIN_TYPES))
 
 
-def capture(function: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Records what a function launches on the GPU; what is returned launches it again."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        function()
-    return graph.replay
-
-
-def new_pool() -> Any:
-    """Memory that the graphs of one [`CapturedSteps`] share, since they never run at the same time."""
-    return torch.cuda.graph_pool_handle()
-
-
 class StaticNoise:
     """Random numbers for the one draw of a step, in a buffer."""
 
@@ -205,7 +196,7 @@ class CommitInPlace(CommitCache):
         if layer_idx == 0:
             self.places = torch.arange(key_states.shape[-2], device=key_states.device) + layer.cumulative_length
         layer.keys.index_copy_(2, self.places, key_states)
-        layer.values.index_copy_(2, self.places, value_states)
+        layer.values.index_copy_(2, self.places, value_states.to(layer.values.dtype))
         if self.num_commit:
             layer.cumulative_length.add_(self.num_commit)
         return layer.keys, layer.values
@@ -238,13 +229,17 @@ class CapturedSteps:
 
     def __init__(self, config: Any, num_columns: int, compiles: bool):
         self.cache = StaticCache(config=config.get_text_config(decoder=True), max_cache_len=num_columns)
+        read_whole_text(self.cache, num_columns)
         self.compiles = compiles
         self.steps: dict[tuple, Step] = {}
         self.layout: tuple | None = None
-        self.pairs: list[tuple[Any, Any]] = []
+        # The attributes of a call's objects, and of those that have the buffers: the call itself is its caller's.
+        self.pairs: list[tuple[dict, dict]] = []
         self.user: ref | None = None
         self.fast: FastNetwork | None = None
         self.denoiser = self.task = self.pool = self.last_plain = self.first_logits = self.current_task = None
+        # The task that the last step was taken for, and the step, if it committed nothing.
+        self.last: tuple[Any, Step] | None = None
 
     def is_in_use(self) -> bool:
         """Whether a call of `generate` has begun and not ended."""
@@ -257,29 +252,41 @@ class CapturedSteps:
         elif self.fast is None:
             call.model = self.fast = fast
         else:
-            self.fast.refresh(model)
+            self.fast.refresh(fast)
             call.model = self.fast
         self.user = ref(call)
-        call.take_step = functools.partial(self.take_step, call)
-        call.release = functools.partial(self.release, call)
+        call.take_step, call.release = self.take_step, self.release
 
-    def release(self, call: Any) -> StaticCache:
+    def release(self) -> StaticCache:
         """Ends a call; returns a cache of its own."""
+        call = self.user()
         del call.take_step, call.release
         call.record.num_forward_passes = call.record.num_forward_passes.clone()
         cache = copy.copy(self.cache)
         if call.generation_config.return_dict_in_generate:
             cache.layers = [copied_layer(layer) for layer in self.cache.layers]
+        self.forget_call()
+        return cache
+
+    def forget_call(self) -> None:
+        """Takes back what the last call left, be it that it ended, or that it failed."""
+        if self.user is None:
+            return
         self.cache.reset()
-        self.user = self.current_task = self.last_plain = None
+        self.user = self.current_task = self.last_plain = self.last = None
         self.pairs = []
         for step in self.steps.values():
             step.loaded = None
-        return cache
 
-    def take_step(self, call: Any, task: Any) -> None:
+    def take_step(self, task: Any) -> None:
         """As `Denoiser.take_step`."""
-        text = call.text
+        call = self.user()
+        text, device = call.text, task.block.device
+        if self.last is not None and self.last[0] is task and self.last[1].replay is not None:
+            # Another one against the same text: all but the numbers is where it was.
+            self.task.noise.numbers.copy_(task.noise.uniform())
+            self.last[1].replay()
+            return
         num_clean = text.num_columns - text.num_cached
         if num_clean not in (0, call.canvas.block_size) or not self.cache.layers[0].is_initialized:
             call.prepare_pass(task)
@@ -296,15 +303,16 @@ class CapturedSteps:
         self.task.clean, self.task.inputs = step.clean, step.inputs
         if step.replay is None:
             if step.is_warm:
-                step.replay = capture(self._run, self.pool)
+                step.replay = self._captured(device)
             else:
-                self._run_first()
+                warm_up(self._run_first, device)
                 step.is_warm = True
         if step.replay is not None:
             step.replay()
         if num_clean and call.config.shift_logits:
             call.first_logits = self.first_logits
-        call.text.num_cached = call.text.num_columns
+        text.num_cached = text.num_columns
+        self.last = None if num_clean else (task, step)
 
     def _prepare_plain(self, call: Any, task: Any) -> None:
         """As `Denoiser.prepare_pass`, of rows without padding that see all of their text, in fewer launches."""
@@ -328,18 +336,19 @@ class CapturedSteps:
             self.current_task = task
             given = [task, task.sampler, call, call.predictor, call.record]
             layout = tuple(
-                (index, name, value.shape) for index, part in enumerate(given) for name, value in tensors_of(part)
+                (index, name, value.shape)
+                for index, part in enumerate(given)
+                for name, value in tensors_in(vars(part))
             )
             if layout != self.layout:
                 self._make_buffers(call, task)
                 self.layout = layout
-            self.pairs = list(zip(given, self._owners(), strict=True))
+            self.pairs = [(vars(part), vars(own)) for part, own in zip(given, self._owners(), strict=True)]
         for given, own in self.pairs:
-            for name, value in tensors_of(given):
-                buffer = vars(own)[name]
-                if value is not buffer:
-                    buffer.copy_(value)
-                    setattr(given, name, buffer)
+            for name, value in tensors_in(given):
+                if value is not own[name]:
+                    own[name].copy_(value)
+                    given[name] = own[name]
         if call.first_logits is not None and call.first_logits is not self.first_logits:
             if self.first_logits is None:
                 self.first_logits = call.first_logits.clone()
@@ -359,7 +368,7 @@ class CapturedSteps:
         self.task.sampler = copy.copy(task.sampler)
         self.task.sampler.noise = self.task.noise = StaticNoise(torch.zeros_like(task.block, dtype=torch.float32))
         for own in self._owners():
-            for name, value in tensors_of(own):
+            for name, value in tensors_in(vars(own)):
                 setattr(own, name, value.clone())
 
     def _owners(self) -> list[Any]:
@@ -388,6 +397,14 @@ class CapturedSteps:
             step.loaded = positions
         return step
 
+    def _captured(self, device: torch.device) -> Callable[[], None]:
+        """What takes a step again: its graph, or where it can't be recorded the step itself."""
+        try:
+            return capture(self._run, self.pool, device)
+        except RuntimeError as error:
+            logger.warning_once(f"Steps run without CUDA graphs, because they can't be recorded: {error}")
+            return self._run
+
     def _run_first(self) -> None:
         """Runs a step before it is captured, which compiles the network; without, where that fails."""
         try:
@@ -402,11 +419,12 @@ class CapturedSteps:
     def _run(self) -> None:
         """One step on the buffers; what it puts in their place is copied into them."""
         model = self.user().model
-        before = [(own, name, value) for own in self._owners() for name, value in tensors_of(own)]
+        before = [(own, name, value) for own in self._owners() for name, value in tensors_in(vars(own))]
         had_first = self.denoiser.first_logits
         self.denoiser.model = functools.partial(compiled_network, model) if self.compiles else model
         try:
-            self.denoiser.step(self.task)
+            with casting_anew():
+                self.denoiser.step(self.task)
             first_logits = self.denoiser.first_logits
         finally:
             made = [(own, name, vars(own)[name], buffer) for own, name, buffer in before]
@@ -423,11 +441,11 @@ class CapturedSteps:
             self.first_logits.copy_(first_logits)
 
 
-def tensors_of(part: Any) -> list[tuple[str, Tensor]]:
-    """The attributes of an object that are tensors which a step reads or changes."""
+def tensors_in(values: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Of the attributes of an object those that are tensors which a step reads or changes."""
     # The prompts are read by processors that are not captured; logits and what is read have buffers of their own.
     others = ("prompts", "first_logits", "clean")
-    return [(name, value) for name, value in vars(part).items() if isinstance(value, Tensor) and name not in others]
+    return [(name, value) for name, value in values.items() if isinstance(value, Tensor) and name not in others]
 
 
 def copied_layer(layer: Any) -> Any:

@@ -79,9 +79,9 @@ class FastNetwork:
         # With the sign of the half that is turned: it is the first that is subtracted.
         self.divisors = torch.cat([-divisors, divisors])
 
-    def refresh(self, model: nn.Module) -> None:
-        """Takes over what has become of the weights, in place."""
-        torch._foreach_copy_(self._made(), FastNetwork(model)._made())
+    def refresh(self, other: "FastNetwork") -> None:
+        """Takes over, in place, what was made of the weights as they are now."""
+        torch._foreach_copy_(self._made(), other._made())
 
     def _made(self) -> list[Tensor]:
         made = [tensor for layer in self.layers for tensor in layer.made()]

@@ -205,9 +205,9 @@ class JointDenoiser(Denoiser):
     def _tell_validity(self) -> None:
         """Lets each request know whether its own logits and scores were numbers; it looks at the end of its block."""
         joint, prediction = self.predictor, self.record.prediction
-        if self._may_wait and joint._sum_of_scores.isfinite():
+        if self._may_wait and joint.sum_of_scores.isfinite():
             return
-        for name, values in (("_sum_of_logits", prediction.logits), ("_sum_of_scores", prediction.scores)):
+        for name, values in (("_sum_of_logits", prediction.logits), ("sum_of_scores", prediction.scores)):
             largest = torch.where(prediction.is_candidate, values.amax(-1).view(prediction.kept.shape), 0.0)
             for row, total in zip(self.rows, largest.sum(-1).unbind(), strict=True):
                 setattr(row.predictor, name, getattr(row.predictor, name) + total)
