@@ -9,7 +9,7 @@ TRL = ["trl>=1.16,<2"]
 EVAL = ["evaluate>=0.4"]
 PLOTS = ["matplotlib>=3.9"]
 APP = ["gradio>=6.31"]
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.21", "greenlet>=3.1"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "pydantic>=2.8", "prometheus-client>=0.21", "greenlet>=3.1"]
 RAY = ["ray[data,serve]>=2.60"]
 LM_EVAL = ["lm-eval>=0.4.13"]
 # Downloads of 41, 3, 0.2 and 0.1 MB on Linux.

@@ -108,6 +108,18 @@ def save_tiny(tiny, folder):
     return folder
 
 
+def save_adapter(make, folder, seed, **options):
+    """A LoRA adapter that changes a model much, with dropout that would be seen in training mode."""
+    import peft
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5, **options
+    )
+    peft.get_peft_model(make(), config).save_pretrained(folder)
+    return folder
+
+
 def step_with_a_broken_slot(engine, slot, monkeypatch):
     """A step in which every forward that reads a slot runs out of memory."""
     doomed, forward = engine._slots.caches[slot], engine._slots.forward

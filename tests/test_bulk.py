@@ -142,9 +142,44 @@ def test_an_engine_that_stops_is_no_fault_of_a_row(tiny):
         [*BulkWriter(engine, tiny[1], {"max_new_tokens": 4}).write((i, b'{"prompt": "x"}') for i in range(20))]
 
 
+def check_that_it_goes_on(tiny, folder, tmp_path, num_rows):
+    """Resumes a run of `num_rows` rows that was interrupted, which had written some and tore the line after them."""
+    output = tmp_path / "out.jsonl"
+    assert 0 < output.read_bytes().count(b"\n") < num_rows
+    before = read_results(output) if output.read_bytes().endswith(b"\n") else []
+    with open(output, "ab") as file:
+        file.write(f'{{"index": {num_rows - 1}, "prompt": "r'.encode())
+    assert bulk(folder, tmp_path) == 0
+    results = read_results(output)
+    assert results[: len(before)] == before
+    assert sorted(result["index"] for result in results) == [*range(num_rows)]
+    assert not any("error" in result for result in results)
+    for result in results[:: num_rows // 4]:
+        options = {"max_new_tokens": 24, "seed": 7 + result["index"]}
+        assert result["completion"] == alone(tiny, encode(tiny, f"row {result['index']}"), **options)
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tiny, folder, tmp_path, monkeypatch):
+    class Interrupted(BaseException):
+        """What nobody catches."""
+
+    def add(self, result):
+        if len(self.done) == 7:
+            raise Interrupted
+        return written(self, result)
+
+    written = BulkOutput.add
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"row {number}", "max_new_tokens": 24} for number in range(16)])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(BulkOutput, "add", add)
+        bulk(folder, tmp_path)
+    assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 7
+    check_that_it_goes_on(tiny, folder, tmp_path, 16)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_killed(tiny, folder, tmp_path):
-    rows = [{"prompt": f"row {number}", "max_new_tokens": 24} for number in range(60)]
-    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"row {number}", "max_new_tokens": 24} for number in range(60)])
     files = ["--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     command = [sys.executable, "-m", "bd3lm_hf.cli", "generate", str(folder), *files, *FLAGS]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
@@ -154,20 +189,7 @@ def test_a_run_goes_on_where_it_was_killed(tiny, folder, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    num_written = output.read_bytes().count(b"\n")
-    assert 0 < num_written < len(rows)
-    # As if it had been killed while it wrote a line.
-    before = read_results(output) if output.read_bytes().endswith(b"\n") else []
-    with open(output, "ab") as file:
-        file.write(b'{"index": 59, "prompt": "r')
-    assert bulk(folder, tmp_path) == 0
-    results = read_results(output)
-    assert results[: len(before)] == before
-    assert sorted(result["index"] for result in results) == [*range(len(rows))]
-    assert not any("error" in result for result in results)
-    for result in results[::15]:
-        options = {"max_new_tokens": 24, "seed": 7 + result["index"]}
-        assert result["completion"] == alone(tiny, encode(tiny, f"row {result['index']}"), **options)
+    check_that_it_goes_on(tiny, folder, tmp_path, 60)
 
 
 def test_only_rows_without_a_result_are_written(folder, tmp_path, monkeypatch):

@@ -4,9 +4,10 @@ import asyncio
 import json
 
 import httpx
+import numpy as np
 import pytest
 import torch
-from serving import make_tiny
+from serving import make_tiny, save_adapter
 
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'bd3lm-hf[ray]'")
@@ -17,6 +18,7 @@ from ray.serve.exceptions import BackPressureError  # noqa: E402
 from bd3lm_hf.cli.serve import application  # noqa: E402
 from bd3lm_hf.serving.api import ServerLimits  # noqa: E402
 from bd3lm_hf.serving.engine import EngineLimits  # noqa: E402
+from bd3lm_hf.serving.ray_data import BlockWriter  # noqa: E402
 from bd3lm_hf.serving.ray_serve import Placement, Replica, _gateway_app, make_application  # noqa: E402
 
 
@@ -155,7 +157,7 @@ def test_the_list_of_models_and_the_health_are_those_of_all():
 
 def test_a_replica_answers_as_the_server_does_and_ends_with_its_caller():
     limits = EngineLimits(num_slots=2, max_length=256)
-    replica = Replica(make_tiny, limits, "tiny", ServerLimits())
+    replica = Replica(Placement(make_tiny, limits), "tiny", ServerLimits())
     headers = [(b"content-type", b"application/json")]
     body = {"model": "tiny", "prompt": "x", "max_tokens": 8, "seed": 1}
 
@@ -185,6 +187,42 @@ def test_a_replica_answers_as_the_server_does_and_ends_with_its_caller():
         replica.check_health()
 
 
+def test_a_replica_has_the_adapters_of_its_placement(tmp_path):
+    save_adapter(lambda: make_tiny()[0], tmp_path / "poems", 0)
+    placed = Placement(
+        make_tiny, EngineLimits(num_slots=2, max_length=64), adapters={"poems": str(tmp_path / "poems")}
+    )
+    replica = Replica(placed, "tiny", ServerLimits())
+
+    async def texts_of(*names):
+        texts = []
+        for name in names:
+            body = json.dumps({"model": name, "prompt": "x", "max_tokens": 8, "seed": 1}).encode()
+            call = ("POST", "/v1/completions", [(b"content-type", b"application/json")], body)
+            start, text = [message async for message in replica.answer(*call)]
+            texts.append((start["status"], json.loads(text["body"]).get("choices", [{}])[0].get("text")))
+        return texts
+
+    own, poems, prose = asyncio.run(texts_of("tiny", "tiny:poems", "tiny:prose"))
+    assert own[0] == poems[0] == 200 and own[1] != poems[1] and prose == (404, None)
+    replica._engine.close()
+
+
+def test_an_actor_takes_as_many_rows_as_ray_hands_over():
+    writer = BlockWriter(make_tiny, EngineLimits(num_slots=2, max_length=64, max_queue=1), {"max_new_tokens": 4})
+    rows = [{"index": np.arange(start, start + 8), "line": np.array(['{"prompt": "x"}'] * 8)} for start in (0, 8, 16)]
+
+    async def write():
+        return await asyncio.gather(*map(writer, rows))
+
+    results = [json.loads(result) for block in asyncio.run(write()) for result in block["result"]]
+    assert [result["index"] for result in results] == [*range(24)]
+    assert all("completion" in result for result in results)
+    writer._engine.close()
+    (told,) = asyncio.run(writer(rows[0]))["result"]
+    assert json.loads(told) == {"stopped": "The engine is closed."}
+
+
 def test_placements_say_what_ray_is_asked_for():
     limits = EngineLimits(num_slots=4, max_length=64, max_queue=9)
     options = Placement(lambda: None, limits, replicas=2, num_cpus=0.5, num_gpus=1).options()
@@ -202,3 +240,16 @@ def test_a_configuration_of_ray_serve_has_the_flags_of_the_command():
         application({"model": "a", "also": ["x/a"]})
     with pytest.raises(ValueError, match="`num_slots` must be a positive integer"):
         application({"model": "a", "num_slots": 0})
+    with pytest.raises(ValueError, match="`adapter` must be NAME=FOLDER, but got 'poems'"):
+        application({"model": "a", "adapter": ["poems"]})
+
+
+def test_adapters_are_those_of_the_first_model(tmp_path, monkeypatch):
+    placements = {}
+    monkeypatch.setattr("bd3lm_hf.serving.ray_serve.make_application", lambda placed, *_: placements.update(placed))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "poems").mkdir()
+    application({"model": "a", "also": ["b"], "adapter": ["poems=poems", "code=somebody/code"]})
+    # A replica has another working folder.
+    assert placements["a"].adapters == {"poems": str(tmp_path / "poems"), "code": "somebody/code"}
+    assert placements["b"].adapters == {}

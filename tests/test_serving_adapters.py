@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import openai
 import pytest
 import torch
-from serving import KEY, NAME, ask, make_adapted, make_model, make_tiny, prompt, run_all, running
+from serving import KEY, NAME, ask, make_adapted, make_model, make_tiny, prompt, run_all, running, save_adapter
 
 from bd3lm_hf.cli import main
 from bd3lm_hf.serving.adapters import Adapters, parse_adapters
@@ -16,16 +16,6 @@ from bd3lm_hf.serving.requests import Ended, Request, Written
 
 peft = pytest.importorskip("peft")
 MODELS = {"own": make_model, "adapted": lambda: make_adapted(shift_logits=True), "bytes": lambda: make_tiny()[0]}
-
-
-def save_adapter(make, folder, seed, **options):
-    """A LoRA adapter that changes a model much, with dropout that would be seen in training mode."""
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(
-        r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5, **options
-    )
-    peft.get_peft_model(make(), config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +120,9 @@ def test_what_is_no_adapter_of_the_model_is_refused(folders, tmp_path, capsys):
     for folder in (folders["adapted"]["code"], tmp_path / "nothing"):
         with pytest.raises(ValueError, match="`adapter` 'code' must be a LoRA adapter of this model, but got "):
             Adapters(make_model(), {"code": folder})
+    peft.PromptTuningConfig(num_virtual_tokens=2).save_pretrained(tmp_path / "soft")
+    with pytest.raises(ValueError, match="`peft_type` must be one that changes layers, but got 'PROMPT_TUNING'"):
+        Adapters(make_model(), {"soft": tmp_path / "soft"})
     engine = Engine(model, EngineLimits(num_slots=1, max_length=64))
     with pytest.raises(ValueError, match="`adapter` must be None for a model without adapters, but got 'code'"):
         engine.submit(ask_of("code", [1, 2])[0])

@@ -1,6 +1,8 @@
 """The engine gives each request what `generate` gives for it alone, and lets requests in and out at any forward."""
 
 import random
+import threading
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from serving import (
 )
 from transformers import StoppingCriteriaList
 
+from bd3lm_hf.serving import slots
 from bd3lm_hf.serving.engine import Engine, EngineLimits
 from bd3lm_hf.serving.requests import Began, Draft, Ended, Failed, QueueFull, Request, Written
 
@@ -91,6 +94,20 @@ def test_it_works_in_a_thread_of_its_own(model):
     assert not engine.is_alive
     with pytest.raises(QueueFull, match="closed"):
         engine.submit(ask([1])[0])
+
+
+def test_an_engine_that_is_being_closed_takes_nothing_on(model):
+    engine, may_go_on = Engine(model, EngineLimits(num_slots=1, max_length=64)), threading.Event()
+    engine.step = may_go_on.wait
+    engine.__enter__()
+    engine.submit(ask([1])[0])
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while engine.is_alive:
+        time.sleep(0.001)
+    assert closing.is_alive()
+    may_go_on.set()
+    closing.join()
 
 
 @pytest.mark.parametrize("part", ["_drop_cancelled", "_forward", "_positions_of", "_begin"])
@@ -238,6 +255,8 @@ def test_the_queue_has_a_bound_and_takes_all_or_none(model):
         check(model, request, events)
     with pytest.raises(ValueError, match="`prompt` must have 1 to 32 tokens with the 30 new ones, but got 3"):
         engine.submit(ask([1, 2, 3], 30)[0])
+    with pytest.raises(ValueError, match="`max_new_tokens` must be at least 1, or 0 with `infill`, but got 0"):
+        engine.submit(ask([1, 2, 3], 0)[0])
 
 
 @torch.no_grad()
@@ -297,6 +316,60 @@ def test_a_request_fails_alone(caplog):
 
 
 @torch.no_grad()
+def test_numbers_that_are_none_do_not_outlive_a_request_that_is_cancelled():
+    model = make_model()
+    model.get_input_embeddings().weight[BROKEN] = torch.nan
+    engine = Engine(model, EngineLimits(num_slots=1, max_length=64))
+    # In a whole block that is read first, and in the block that is written.
+    for ids in ([1, 2, 3, 4, BROKEN, 6, 7, 8, 9], [1, 2, 3, 4, BROKEN]):
+        bad, bad_events = ask(ids, 16, 5)
+        engine.submit(bad)
+        engine.step()
+        bad.cancel()
+        fine, events = ask([1, 2, 3, 4, 5], 12, 1, suppress_tokens=[BROKEN])
+        engine.submit(fine)
+        run_all(engine)
+        assert not any(isinstance(event, (Ended, Failed)) for event in bad_events)
+        check(model, fine, events)
+
+
+@torch.no_grad()
+def test_a_cancelled_request_leaves_what_it_read_to_the_next(model):
+    engine = Engine(model, EngineLimits(num_slots=1, max_length=64))
+    ids = prompt(random.Random(5), 24)
+    left, _ = ask(ids, 16, 5)
+    again, events = ask(ids, 16, 6)
+    engine.submit(left)
+    for _ in range(3):
+        engine.step()
+    left.cancel()
+    engine.submit(again)
+    run_all(engine)
+    check(model, again, events)
+    assert engine.counts.reused_tokens == 24
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_at_its_end_is_run_again_and_commits_once(model, monkeypatch):
+    engine = Engine(model, EngineLimits(num_slots=3, max_length=64))
+    asked = [ask(prompt(random.Random(seed), 9 + seed), 12, seed) for seed in range(3)]
+    engine.submit(*(request for request, _ in asked))
+    failures = [RuntimeError("out of memory")]
+
+    make = slots.Scores
+
+    def scores(logits):
+        if failures:
+            raise failures.pop()
+        return make(logits)
+
+    monkeypatch.setattr(slots, "Scores", scores)
+    run_all(engine)
+    for request, events in asked:
+        check(model, request, events)
+
+
+@torch.no_grad()
 def test_a_forward_that_fails_for_one_is_run_again_for_the_others(model, monkeypatch):
     engine = Engine(model, EngineLimits(num_slots=3, max_length=64))
     asked = [ask([1 + seed, 2, 3], 12, seed, eos_token_id=100) for seed in range(3)]
@@ -328,6 +401,48 @@ def test_what_generate_refuses_is_refused_and_holds_nobody_up(model):
         assert [type(event) for event in told] == [Failed] and told[0].is_refused
     check(model, fine, events)
     assert len(engine._slots.free) == 2
+
+
+@torch.no_grad()
+def test_a_text_without_a_gap_ends_as_it_is(model):
+    engine = Engine(model, EngineLimits(num_slots=2, max_length=64))
+    (whole, whole_events), (fine, events) = ask([1, 2, 3, 4, 5], 0, infill=True), ask([1, 2], 12)
+    engine.submit(whole, fine)
+    run_all(engine)
+    assert whole_events[-1].token_ids == [1, 2, 3, 4, 5] and whole_events[-1].num_forwards == 0
+    check(model, fine, events)
+
+
+@torch.no_grad()
+def test_texts_as_long_as_a_slot_fit_wherever_their_prompts_end():
+    for one in (make_model(), make_adapted(shift_logits=True)):
+        engine = Engine(one, EngineLimits(num_slots=2, max_length=32))
+        asked = [ask([1 + seed] * length, 32 - length, seed) for seed, length in enumerate((1, 15, 16, 17, 30, 31))]
+        engine.submit(*(request for request, _ in asked))
+        run_all(engine)
+        for request, events in asked:
+            check(one, request, events)
+
+
+@torch.no_grad()
+def test_blocks_that_are_counted_from_the_prompt_s_end_share_nothing(model):
+    engine = Engine(model, EngineLimits(num_slots=1, max_length=64))
+    ids = prompt(random.Random(6), 17)
+    for seed, options in enumerate(({}, {"new_block": True}, {}, {"new_block": True})):
+        request, events = ask(ids, 9, seed, **options)
+        engine.submit(request)
+        run_all(engine)
+        check(model, request, events)
+
+
+@torch.no_grad()
+def test_no_bias_has_the_mask_token_written(model):
+    request, events = ask([1, 2], 12, sequence_bias=[[[model.config.mask_token_id], 100.0]])
+    engine = Engine(model, EngineLimits(num_slots=1, max_length=64))
+    engine.submit(request)
+    run_all(engine)
+    check(model, request, events)
+    assert model.config.mask_token_id not in events[-1].token_ids
 
 
 @torch.no_grad()

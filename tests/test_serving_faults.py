@@ -116,6 +116,30 @@ def test_the_likelihood_of_a_prompt_is_refused():
     assert CompletionRequest.model_validate(body | {"logprobs": 0}).echo
 
 
+@pytest.mark.parametrize("item", ["{}", "[{}]", "-1", "null", '"a",1'])
+def test_of_a_long_list_that_is_wrong_one_fault_is_looked_for(item):
+    # A megabyte would have a million of them, of a kilobyte each.
+    body = f'{{"model": "{NAME}", "prompt": [{",".join([item] * 1000)}]}}'
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate_json(body)
+    assert caught.value.error_count() < 10
+
+
+def test_a_client_that_leaves_while_it_asks_is_no_fault_of_the_server(caplog):
+    app = make_app(Engine(make_tiny()[0], EngineLimits(num_slots=1, max_length=64)), make_tiny()[1], NAME)
+    came = [{"type": "http.request", "body": b'{"mod', "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive():
+        return came.pop(0) if len(came) > 1 else came[0]
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": PATHS[1], "headers": [], "query_string": b""}
+    asyncio.run(app({**scope, "http_version": "1.1", "raw_path": b""}, receive, send))
+    assert not caplog.records
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"

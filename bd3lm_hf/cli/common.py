@@ -85,9 +85,14 @@ def loader_of(args: argparse.Namespace) -> Callable[[], tuple]:
     source = argparse.Namespace(**{name: getattr(args, name) for name in names})
     for name in ("model", "tokenizer"):
         path = getattr(source, name)
-        if path is not None and Path(path).exists():
-            setattr(source, name, str(Path(path).resolve()))
+        if path is not None:
+            setattr(source, name, from_anywhere(path))
     return functools.partial(load_model, source)
+
+
+def from_anywhere(path: str) -> str:
+    """A path for a process of another working folder; what is none here stays, the id of a model on the Hub."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def import_ray() -> None:

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import add_model_arguments, given, import_ray, load_model, loader_of, make_parser, port_number
+from .common import (
+    add_model_arguments,
+    from_anywhere,
+    given,
+    import_ray,
+    load_model,
+    loader_of,
+    make_parser,
+    port_number,
+)
 
 
 DESCRIPTION = """\
@@ -54,7 +63,7 @@ def make_serve_parser() -> argparse.ArgumentParser:
         "--adapter",
         action="append",
         metavar="NAME=FOLDER",
-        help="A LoRA adapter, whose model clients call by MODEL's name, a colon and NAME; may be given repeatedly.",
+        help="A LoRA adapter of MODEL, which clients call by its name, a colon and NAME; may be given repeatedly.",
     )
     ray = parser.add_argument_group("Ray")
     ray.add_argument("--ray", action="store_true", help="Serve on Ray.")
@@ -116,27 +125,29 @@ def application(flags: dict[str, Any]) -> Any:
 
 
 def _application_of(args: argparse.Namespace, api_key: str | None) -> Any:
-    if args.adapter:
-        raise ValueError(f"`adapter` must not go with `ray`, but got {args.adapter}")
     import_ray()
     _import_serving()
+    from ..serving.adapters import parse_adapters
     from ..serving.api import ServerLimits
     from ..serving.engine import EngineLimits
     from ..serving.ray_serve import Placement, make_application
 
     limits = EngineLimits(**given(args, LIMITS))
     placed = given(args, ["replicas", "max_replicas", "num_cpus", "num_gpus"])
-    models = {args.name or Path(args.model).name: args.model}
+    own_name = args.name or Path(args.model).name
+    models = {own_name: args.model}
     for text in args.also or []:
         name, is_named, model = text.partition("=")
         name, model = (name, model) if is_named else (Path(text).name, text)
         if name in models or not name or not model:
             raise ValueError(f"`also` must be of models with names of their own, but got {text!r}")
         models[name] = model
+    adapters = {name: from_anywhere(folder) for name, folder in parse_adapters(args.adapter or []).items()}
     placements = {}
     for name, model in models.items():
         source = argparse.Namespace(**{**vars(args), "model": model})
-        placements[name] = Placement(loader_of(source), limits, **placed)
+        own = adapters if name == own_name else {}
+        placements[name] = Placement(loader_of(source), limits, **placed, adapters=own)
     return make_application(placements, api_key, ServerLimits(**given(args, ["max_body"])))
 
 

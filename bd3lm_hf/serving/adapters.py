@@ -51,6 +51,8 @@ class Adapters:
             raise ImportError(f"adapters need PEFT: pip install 'bd3lm-hf[peft]' ({error})") from error
 
         config = peft.PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning:
+            raise ValueError(f"`peft_type` must be one that changes layers, but got {config.peft_type.value!r}")
         if getattr(config, "bias", "none") != "none":
             raise ValueError(f"`bias` must be 'none', since biases are the model's own, but got {config.bias!r}")
         if self._layers is None:

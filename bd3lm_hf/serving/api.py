@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from . import requests
 from .answers import Answer, ApiError, Job, server_sent
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = ("/health",)
 # Events of an answer that its client has not read yet, from which on drafts are left out.
 MOST_UNREAD = 64
+# A status that nobody is told.
+GONE = 499
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -111,13 +114,8 @@ class Server:
 
     async def _read(self, http: Request, kind: type[Model]) -> Model:
         """The body of a request, of limited size."""
-        body = b""
-        async for part in http.stream():
-            body += part
-            if len(body) > self.limits.max_body:
-                raise ApiError(413, f"The body must have at most {self.limits.max_body} bytes.", "too_large")
         try:
-            asked = kind.model_validate_json(body)
+            asked = kind.model_validate_json(await read_body(http, self.limits.max_body))
         except ValidationError as error:
             raise _told(error) from error
         self._check_name(asked.model)
@@ -219,7 +217,7 @@ class Server:
         try:
             await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
             if gone.done():
-                raise ApiError(499, "The client left.")
+                raise ApiError(GONE, "The client left.")
             index, event = wanted.result()
         finally:
             wanted.cancel()
@@ -270,6 +268,19 @@ class _Events(StreamingResponse):
             await super().__call__(*args)
         finally:
             _cancel(self._jobs)
+
+
+async def read_body(http: Request, max_body: int) -> bytes:
+    """The body of a request; raises an [`ApiError`] where it has more than `max_body` bytes, or its client leaves."""
+    body = b""
+    try:
+        async for part in http.stream():
+            body += part
+            if len(body) > max_body:
+                raise ApiError(413, f"The body must have at most {max_body} bytes.", "too_large")
+    except ClientDisconnect:
+        raise ApiError(GONE, "The client left.") from None
+    return body
 
 
 async def _until_gone(http: Request) -> None:

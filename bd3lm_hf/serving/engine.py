@@ -150,8 +150,8 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether the engine takes requests on: its thread runs, and shall go on."""
+        return self._thread.is_alive() and not self._is_closed
 
     def submit(self, *requests: Request) -> None:
         """
@@ -159,9 +159,13 @@ class Engine:
 
         Raises:
             QueueFull: there is no room for them.
-            ValueError: one of them is longer than a slot, or empty, or of an adapter that is not there.
+            ValueError: one of them is longer than a slot, or empty, or of an adapter that is not there, or is to write
+                nothing.
         """
         for request in requests:
+            if request.max_new_tokens < 1 and not (request.max_new_tokens == 0 and request.options.get("infill")):
+                rule = "at least 1, or 0 with `infill`"
+                raise ValueError(f"`max_new_tokens` must be {rule}, but got {request.max_new_tokens}.")
             length = len(request.input_ids) + request.max_new_tokens
             if not request.input_ids or length > self.limits.max_length:
                 rule = f"1 to {self.limits.max_length} tokens with the {request.max_new_tokens} new ones"
@@ -254,7 +258,8 @@ class Engine:
         for row in [row for row in self._rows if row.request.is_cancelled]:
             row.cancel()
             self.counts.cancelled += 1
-            self._retire(row, is_whole=True)
+            # Nobody has looked at its numbers since its last block.
+            self._retire(row, is_whole=row.cache.is_finite())
 
     def _admit(self) -> None:
         """Gives slots to those who wait, in their order, as long as the positions that all hold stay within bounds."""
@@ -280,7 +285,9 @@ class Engine:
         cache = None
         try:
             ids = torch.tensor(request.input_ids, device=self.model.device)
-            cache, num_reused = self._slots.take(ids, self._num_clean(ids), request.adapter)
+            # Blocks that are counted from the prompt's end share nothing with those of other texts.
+            num_clean = 0 if request.options.get("new_block") else self._num_clean(ids)
+            cache, num_reused = self._slots.take(ids, num_clean, request.adapter)
             row = Row(self.model, request, cache)
         except Exception as error:
             if cache is not None:
@@ -291,6 +298,9 @@ class Engine:
         self.counts.reused_tokens += num_reused
         request.tell(Began())
         self._rows.append(row)
+        if row.call is None:
+            # There was nothing to be filled.
+            self._finish(row)
 
     def _num_clean(self, ids: torch.Tensor) -> int:
         """Tokens of a prompt [length] whose keys and values another request may have left."""
@@ -341,12 +351,15 @@ class Engine:
             self._fail(row.request, error)
             return
         if row.call is None:
-            self._retire(row, is_whole=True)
-            try:
-                self._end(row)
-            except Exception as error:
-                # Of a criterion of one's own, say.
-                self._fail(row.request, error)
+            self._finish(row)
+
+    def _finish(self, row: Row) -> None:
+        self._retire(row, is_whole=True)
+        try:
+            self._end(row)
+        except Exception as error:
+            # Of a criterion of one's own, say.
+            self._fail(row.request, error)
 
     def _retire(self, row: Row, is_whole: bool) -> None:
         self._rows.remove(row)
@@ -376,7 +389,7 @@ class Engine:
 
     def _is_stop(self, request: Request, sequence: torch.Tensor) -> bool:
         """Whether a text ends where a rule ends it, and not for its length alone."""
-        eos = self.model.generation_config.eos_token_id
+        eos = request.options.get("eos_token_id", self.model.generation_config.eos_token_id)
         eos = eos if isinstance(eos, list) else [eos]
         criteria = request.options.get("stopping_criteria") or []
         return int(sequence[-1]) in eos or any(bool(criterion(sequence[None], None)) for criterion in criteria)

@@ -23,6 +23,9 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 # What OpenAI's API has and this one does not may be given at the value that changes nothing.
 Zero = Annotated[Finite, Field(ge=0, le=0)]
+# The first fault of a list is told, and a large one shall not be looked through for all of them.
+A_LIST = Field(min_length=1, fail_fast=True)
+Ids = Annotated[list[TokenId], A_LIST]
 
 
 class Strict(BaseModel):
@@ -35,7 +38,7 @@ class Gaps(Strict):
     """How the gaps of a text are marked: see `TextInfillingPipeline`."""
 
     placeholder: Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)] | None = None
-    gap_length: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1, max_length=1000)] = 1
+    gap_length: PositiveInt | Annotated[list[PositiveInt], Field(max_length=1000), A_LIST] = 1
 
 
 class BlockDiffusionOptions(Strict):
@@ -144,7 +147,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list["TextPart"] | None = None
+    content: str | Annotated[list["TextPart"], Field(fail_fast=True)] | None = None
 
     def as_template_takes_it(self) -> dict[str, Any]:
         """The turn with its content as one text."""
@@ -164,7 +167,7 @@ class TextPart(Strict):
 class ChatRequest(SamplingRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(max_length=10_000), A_LIST]
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
     logprobs: bool | None = None
@@ -185,7 +188,7 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """`POST /v1/completions`."""
 
-    prompt: str | Annotated[list[str] | list[TokenId] | list[list[TokenId]], Field(min_length=1)] = ""
+    prompt: str | Annotated[list[str], A_LIST] | Ids | Annotated[list[Ids], A_LIST] = ""
     max_tokens: PositiveInt = DEFAULT_MAX_TOKENS
     logprobs: Annotated[int, Field(ge=0, le=1)] | bool | None = None
     echo: bool = False
@@ -213,9 +216,9 @@ class CompletionRequest(SamplingRequest):
 class InfillRequest(SamplingRequest):
     """`POST /v1/infill`: fills the gaps of a text, or of several, in both directions."""
 
-    text: str | Annotated[list[str], Field(min_length=1)]
+    text: str | Annotated[list[str], A_LIST]
     placeholder: Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)] | None = None
-    gap_length: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1, max_length=1000)] = 1
+    gap_length: PositiveInt | Annotated[list[PositiveInt], Field(max_length=1000), A_LIST] = 1
     stream: Literal[False] = False
     stop: None = None
 

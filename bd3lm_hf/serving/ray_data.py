@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,15 @@ from ray.exceptions import RayError
 
 from .bulk import BulkWriter, Finish
 from .engine import Engine, EngineLimits
+from .requests import Stopped
 
 
 # Blocks that an actor has at once, so that one can end while its engine has the rows of another.
 BLOCKS_AT_ONCE = 2
 # Rows of a block for each slot, and blocks of an actor, where there are that many.
 BLOCKS = 4
+# In place of the index of a row.
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,21 @@ class BlockWriter:
 
     def __init__(self, load: Callable[[], tuple[Any, Any]], limits: EngineLimits, settings: dict[str, Any]):
         model, tokenizer = load()
-        self._engine = Engine(model, limits)
+        # Where blocks are smaller than a batch, Ray hands over more of them than it is told to.
+        self._engine = Engine(model, dataclasses.replace(limits, max_queue=sys.maxsize))
         self._engine.__enter__()
         self._writer = BulkWriter(self._engine, tokenizer, settings)
 
     async def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
-        """The results of rows, as JSON."""
+        """The results of rows, as JSON; where the engine stopped, why."""
         loop = asyncio.get_running_loop()
         rows = zip(block["index"].tolist(), block["line"].tolist(), strict=True)
         finished = await asyncio.gather(*(self._finish(loop, index, line) for index, line in rows))
-        return {"result": [json.dumps(finish()) for finish in finished]}
+        try:
+            return {"result": [json.dumps(finish()) for finish in finished]}
+        except Stopped as error:
+            # Of an exception Ray tells that there was one.
+            return {"result": [json.dumps({STOPPED: str(error)})]}
 
     async def _finish(self, loop: asyncio.AbstractEventLoop, index: int, line: str) -> Finish:
         future: asyncio.Future[Finish] = loop.create_future()
@@ -92,11 +101,10 @@ def results_on_ray(
     num_slots = pool.limits.num_slots
     # Small enough that every actor has some, and that little is lost with one.
     block_size = max(min(BLOCKS * num_slots, len(items) // (BLOCKS * pool.replicas)), num_slots)
-    limits = dataclasses.replace(pool.limits, max_queue=BLOCKS_AT_ONCE * block_size)
     table = ray.data.from_items(items, override_num_blocks=-(-len(items) // block_size))
     results = table.map_batches(
         BlockWriter,
-        fn_constructor_args=(pool.load, limits, settings),
+        fn_constructor_args=(pool.load, pool.limits, settings),
         batch_size=block_size,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=pool.replicas, max_concurrent_calls_per_actor=BLOCKS_AT_ONCE),
@@ -105,8 +113,10 @@ def results_on_ray(
     )
     try:
         for batch in results.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            for result in batch["result"].tolist():
-                yield json.loads(result)
+            for result in map(json.loads, batch["result"].tolist()):
+                if STOPPED in result:
+                    raise RuntimeError(f"Ray ended the run: {result[STOPPED]}")
+                yield result
     except RayError as error:
         raise RuntimeError(f"Ray ended the run: {_root_of(error)}") from error
 

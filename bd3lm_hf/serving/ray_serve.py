@@ -8,7 +8,7 @@ asked of another one; a stream that had begun ends with an error.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from .adapters import Adapters
 from .answers import ApiError, server_sent
-from .api import KeyCheck, ServerLimits, make_app
+from .api import KeyCheck, ServerLimits, make_app, read_body
 from .engine import Engine, EngineLimits
 
 
@@ -49,6 +50,7 @@ class Placement:
         replicas: how many there are, or with `max_replicas` the least.
         max_replicas: up to so many, by what is asked for.
         num_cpus, num_gpus: that each takes.
+        adapters: by name, the folder or Hub id of each adapter that requests may name.
     """
 
     load: Callable[[], tuple[Any, Any]]
@@ -57,6 +59,7 @@ class Placement:
     max_replicas: int | None = None
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
         """Those of the deployment."""
@@ -74,12 +77,20 @@ class Placement:
 
 
 class Replica:
-    """One copy of a model: the application, asked by the gateway. Arguments as those of [`make_app`]."""
+    """
+    One copy of a model: the application, asked by the gateway.
 
-    def __init__(self, load: Callable[[], tuple[Any, Any]], limits: EngineLimits, name: str, server: ServerLimits):
-        model, tokenizer = load()
-        self._engine = Engine(model, limits)
-        self._app = make_app(self._engine, tokenizer, name, None, server)
+    Args:
+        placed: what is loaded.
+        name: what clients call the model.
+        limits: what a request may ask for.
+    """
+
+    def __init__(self, placed: Placement, name: str, limits: ServerLimits):
+        model, tokenizer = placed.load()
+        adapters = Adapters(model, placed.adapters) if placed.adapters else None
+        self._engine = Engine(model, placed.limits, adapters)
+        self._app = make_app(self._engine, tokenizer, name, None, limits)
         self._engine.__enter__()
 
     def check_health(self) -> None:
@@ -150,7 +161,7 @@ class Gateway:
 
     async def __call__(self, http: Request) -> Response:
         """Answers one request."""
-        path, body = http.url.path, await self._read(http)
+        path, body = http.url.path, await read_body(http, self.max_body)
         headers = [(name, value) for name, value in http.headers.raw if name == b"content-type"]
         call = (http.method, path, headers, body)
         if path == "/health":
@@ -167,14 +178,6 @@ class Gateway:
             begun.stream.cancel()
             return Response(begun.first.get("body", b""), status, kept)
         return StreamingResponse(begun.rest(), status, kept)
-
-    async def _read(self, http: Request) -> bytes:
-        body = b""
-        async for part in http.stream():
-            body += part
-            if len(body) > self.max_body:
-                raise ApiError(413, f"The body must have at most {self.max_body} bytes.", "too_large")
-        return body
 
     def _model_of(self, path: str, body: bytes) -> str:
         """Which model is asked for; the first where that is not said, which then tells what is wrong."""
@@ -265,9 +268,7 @@ def make_application(placements: dict[str, Placement], api_key: str | None, limi
         raise ValueError("`placements` must have at least one model, but got none.")
     replica = serve.deployment(Replica)
     bound = {
-        name: replica.options(name=_deployment_of(name), **placed.options()).bind(
-            placed.load, placed.limits, name, limits
-        )
+        name: replica.options(name=_deployment_of(name), **placed.options()).bind(placed, name, limits)
         for name, placed in placements.items()
     }
 

@@ -141,6 +141,14 @@ class SlotCache(Cache):
         positions = torch.arange(len(ids), device=ids.device)
         self.clean_text = CleanText(ids[None], positions[None], positions.new_tensor([len(ids)]), len(ids))
 
+    def is_finite(self) -> bool:
+        """
+        Whether all that was written is numbers, those of blocks under denoising too. What is none in one layer makes
+        the same token's keys and values none in all layers after it, so the last is asked.
+        """
+        last = self._memories[-1]
+        return last.keys is None or all(bool(part[self.slot].isfinite().all()) for part in (last.keys, last.values))
+
     def clear(self) -> None:
         """Forgets everything, numbers that are none included."""
         self.keep(torch.zeros(0, dtype=torch.long))
@@ -273,17 +281,20 @@ class Slots:
         if not is_ordered:
             input_ids, inputs = input_ids[order], rows_of(inputs, order)
         logits = self.model(input_ids=input_ids, cache=joint, **inputs).logits
+        if not is_ordered:
+            logits = logits[torch.tensor(order, device=device).argsort()]
+        parts = [logits]
+        if len(calls) > 1:
+            widths = [call.inputs["logits_to_keep"].shape[1] for call in calls]
+            parts = logits.split([len(call.caches) for call in calls])
+            # Of their own, for what is kept of one row must not keep all rows.
+            parts = [part[:, :width].clone() for part, width in zip(parts, widths, strict=True)]
+        scores = [Scores(part) for part in parts]
+        # Last, since a forward that fails before is run again.
         for call in calls:
             for cache, number in zip(call.caches, call.commits, strict=True):
                 cache.num_filled += number
-        if len(calls) == 1:
-            return [Scores(logits if is_ordered else logits[torch.tensor(order, device=device).argsort()])]
-        if not is_ordered:
-            logits = logits[torch.tensor(order, device=device).argsort()]
-        widths = [call.inputs["logits_to_keep"].shape[1] for call in calls]
-        parts = logits.split([len(call.caches) for call in calls])
-        # Of their own, for what is kept of one row must not keep all rows.
-        return [Scores(part[:, :width].clone()) for part, width in zip(parts, widths, strict=True)]
+        return scores
 
     def _padded(self, length: int) -> int:
         """The tokens that are read of each row, of a prompt a whole number of `LENGTH_MULTIPLE`."""

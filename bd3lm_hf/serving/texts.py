@@ -4,7 +4,8 @@ import threading
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..modeling.infilling_block_diffusion import TextInfillingPipeline
 from .protocol import Gaps, Message
@@ -101,8 +102,8 @@ class Texts:
         return sorted(set(self.tokenizer.all_special_ids))
 
     def stopping_criteria(self, stops: list[str]) -> StoppingCriteriaList | None:
-        """What ends a text at the first of some strings; takes a moment for strings that are new."""
-        return StoppingCriteriaList([StopStringCriteria(self.tokenizer, stops)]) if stops else None
+        """What ends a text at the first of some strings."""
+        return StoppingCriteriaList([StopTexts(self.tokenizer, stops)]) if stops else None
 
     def decode(self, prompt_ids: list[int], ids: list[int], special: bool = False) -> str:
         """The text of new `ids` after a prompt; without special tokens, unless they are asked for."""
@@ -116,6 +117,36 @@ class Texts:
     def writer(self, prompt_ids: list[int], stops: list[str]) -> "TextWriter":
         """For a text that comes bit by bit."""
         return TextWriter(self, prompt_ids, stops)
+
+
+class StopTexts(StoppingCriteria):
+    """
+    Ends a text with the token that completes one of some strings, as `StopStringCriteria` of Transformers does. That
+    one prepares the whole vocabulary for its strings: here each request may have others, and a few bytes would ask
+    for gigabytes.
+
+    Args:
+        tokenizer: what decodes the texts.
+        stops: the strings.
+    """
+
+    def __init__(self, tokenizer: Any, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        # A token has a byte at least.
+        self.num_read = max(len(stop.encode()) for stop in stops) + CONTEXT
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        """Whether each text `input_ids` [batch, length] ends [batch]."""
+        ends = [self._ends(ids) for ids in input_ids[:, -self.num_read :].tolist()]
+        return torch.tensor(ends, device=input_ids.device)
+
+    def _ends(self, ids: list[int]) -> bool:
+        # A character that lacks bytes is none yet.
+        before, text = (self._decode(part).rstrip("\ufffd") for part in (ids[:-1], ids))
+        return any(text.find(stop, max(len(before) - len(stop) + 1, 0)) >= 0 for stop in self.stops)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class TextWriter:
