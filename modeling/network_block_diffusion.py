@@ -437,10 +437,10 @@ class BlockDiffusionLMMixin:
         if num_items_in_batch is None:
             num_items_in_batch = blocks.predicted.sum().clamp(min=1)
         targets = tokens_where(masked, labels.repeat(1, num_copies))
-        nats = self.token_nats(streams.of_predictions(outputs.last_hidden_state, masked), targets)
+        hidden = streams.of_predictions(outputs.last_hidden_state, masked)
+        nats = tokens_where(masked, loss_weights).float() * self.token_nats(hidden, targets)
         nelbo = torch.zeros(x_t.shape, dtype=torch.float32, device=x_t.device)
-        nelbo = nelbo.masked_scatter(masked, tokens_where(masked, loss_weights).float() * nats)
-        nelbo = nelbo.unflatten(1, (num_copies, -1)).sum(1)
+        nelbo = nelbo.masked_scatter(masked, nats).unflatten(1, (num_copies, -1)).sum(1)
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
         return BlockDiffusionOutput(loss=nelbo.sum() / num_items_in_batch, token_nelbo=nelbo, **states)
 

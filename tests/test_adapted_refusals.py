@@ -1,5 +1,7 @@
 """What can't be the network of a block diffusion model is refused by name and reason, before anything is trained."""
 
+import json
+
 import pytest
 import torch
 from adapted_cases import GREEDY, MASK, VOCAB_SIZE, adapt, random_ids, stock_model
@@ -12,8 +14,9 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from bd3lm_hf import BlockDiffusionConfig, BlockDiffusionForMaskedLM
+from bd3lm_hf import SAMPLERS, BlockDiffusionConfig, BlockDiffusionForMaskedLM
 
 
 STATE = "layers of the type|keeps a state of the text"
@@ -210,6 +213,67 @@ def test_a_cache_whose_layers_hold_different_texts_is_refused():
         model(input_ids=ids[:, 8:], cache=cache)
     with pytest.raises(ValueError, match=message):
         model.generate(ids, max_new_tokens=4, cache=cache)
+
+
+# what foreign tools do
+
+
+def test_serving_engines_and_continuous_batching_do_not_take_an_adapted_network(tmp_path):
+    model = adapt("llama")
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    for name in [name for name in auto_map if name.startswith("AutoModel")]:
+        assert not get_class_from_dynamic_module(auto_map[name], str(tmp_path)).is_backend_compatible()
+    # Of the network itself it is true.
+    assert LlamaForCausalLM.is_backend_compatible()
+    with pytest.raises(ValueError, match="`generate` must be called in place of `generate_batch`"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=4)
+    with pytest.raises(ValueError, match="`cache_implementation` must not be 'paged'"):
+        model.generate(random_ids(1, 8), cache_implementation="paged", max_new_tokens=4)
+
+
+def test_losses_of_clean_logits_are_refused():
+    ids = random_ids(2, 8)
+    with pytest.raises(ValueError, match="`num_items_in_batch` goes with `labels`.* `label_smoothing_factor` and"):
+        adapt("llama")(input_ids=ids, num_items_in_batch=torch.tensor(16))
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("weight", ["lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_weights_that_are_no_numbers_are_an_error_of_generate(weight, do_sample):
+    model = adapt("llama")
+    with torch.no_grad():
+        model.get_parameter(weight).view(-1)[3] = torch.nan
+    for sampler in SAMPLERS:
+        with pytest.raises(ValueError, match="logits of a masked token must be finite, but the model gave NaN or inf"):
+            model.generate(random_ids(1, 6), max_new_tokens=6, sampler=sampler, do_sample=do_sample)
+
+
+def test_a_resize_that_drops_the_mask_token_is_refused():
+    model = adapt("llama")
+    with pytest.raises(ValueError, match=f"`new_num_tokens` must be at least {VOCAB_SIZE}, for the mask token"):
+        model.resize_token_embeddings(MASK)
+    assert model.resize_token_embeddings(80).num_embeddings == 80 == model.config.vocab_size
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_integers_of_any_dtype_transforms_and_tracers_give_what_the_model_gives():
+    model, ids = adapt("llama"), random_ids(2, 8)
+    expected = model(input_ids=ids).logits
+    for dtype in (torch.int32, torch.uint8):
+        torch.testing.assert_close(model(input_ids=ids.to(dtype)).logits, expected)
+    traced = torch.jit.trace(model, (ids.flip(0),), strict=False, check_trace=False)
+    torch.testing.assert_close(traced(ids)["logits"], expected)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (), {"input_ids": ids, "labels": ids}).loss
+
+    gradients = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    assert parameters["lm_head.weight"].grad.norm() > 0
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_infilling_of_a_first_token_is_refused_where_nothing_predicts_it():

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from adapted import adapted_lm
 from conftest import random_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers.core_model_loading import WeightRenaming
 
 from bd3lm_hf import BD3LMForMaskedLM, load_for_evaluation, train_tokenizer
 from bd3lm_hf.cli import main
@@ -173,6 +175,43 @@ def test_an_adapter_needs_a_whole_base_and_all_of_itself(copy, tmp_path):
     change(base, lambda weights: weights.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"copy/model' lacks model.norm.weight"):
         load_whole(BD3LMForMaskedLM, folder)
+
+
+@pytest.mark.parametrize(
+    "parts, tied",
+    [
+        ({"trainable_token_indices": [5, 22]}, True),
+        ({"trainable_token_indices": [5]}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+    ],
+)
+def test_an_adapter_s_rows_and_whole_modules_are_loaded_with_it(tmp_path, monkeypatch, parts, tied):
+    peft = pytest.importorskip("peft")
+    adapted_lm(overrides={"tie_word_embeddings": tied}).save_pretrained(tmp_path / "base")
+    base = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **parts)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    input_ids = torch.arange(22)[None]
+    logits = model(input_ids).logits
+    with model.disable_adapter():
+        assert (model(input_ids).logits - logits).abs().max() > 1
+    torch.testing.assert_close(load_whole(AutoModelForMaskedLM, tmp_path / "adapter")(input_ids).logits, logits)
+    # Transformers 5.17 leaves these names as they are in the file.
+    renamed = "transformers.integrations.peft.WeightRenaming"
+    monkeypatch.setattr(renamed, lambda *names: WeightRenaming("nothing", "nothing"), raising=False)
+    torch.testing.assert_close(load_whole(AutoModelForMaskedLM, tmp_path / "adapter")(input_ids).logits, logits)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    lost = [key for key in weights if "lora" not in key]
+    assert lost
+    save_file(
+        {key: weights[key] for key in weights if key not in lost}, tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match="adapter' lacks"):
+        load_whole(AutoModelForMaskedLM, tmp_path / "adapter")
 
 
 def test_what_is_missing_is_told_before_memory_is_taken_for_it(copy):

@@ -156,7 +156,9 @@ def test_the_projections_are_quantized_and_the_nelbo_stays(folder, texts, plain,
 @needs("optimum.quanto")
 def test_two_bits_are_too_few_for_the_nelbo_to_stay(folder, texts, plain_nelbo):
     """The control: this measure does tell a spoilt model."""
-    model = BD3LMForMaskedLM.from_pretrained(folder, quantization_config=QuantoConfig(weights="int2"))
+    # With the head: what the projections alone lose differs between versions of torch.
+    config = QuantoConfig(weights="int2", modules_to_not_convert=["nothing"])
+    model = BD3LMForMaskedLM.from_pretrained(folder, quantization_config=config)
     assert nelbo(model, texts) > 1.05 * plain_nelbo
 
 

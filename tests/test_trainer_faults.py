@@ -1,6 +1,7 @@
 """BD3LMTrainer and `bd3lm`: a model that is made by a function, search, checkpoints, adapters, publishing."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -89,6 +90,17 @@ def test_checkpoints_are_saved_with_sampling_arguments(tmp_path):
     BD3LMTrainer(model, args, train_dataset=rows()).train()
     saved = GenerationConfig.from_pretrained(tmp_path / "checkpoint-2")
     assert saved.temperature == 0.7 and saved.do_sample
+
+
+def test_only_checkpoints_of_a_number_are_deleted_as_surplus(tmp_path):
+    kept = tmp_path / "checkpoint-old"
+    kept.mkdir()
+    # Trainer sorts by age, which it believes where the folders were not made at once.
+    os.utime(kept, (0, 0))
+    args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1)
+    BD3LMTrainer(random_model(attn_implementation="sdpa"), args, train_dataset=rows()).train()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-old", "checkpoint-3"}
+    assert args.save_total_limit == 1
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,8 @@ def load_whole(
             model, info = model_class.from_pretrained(
                 source, **{**options, "output_loading_info": True, "ignore_mismatched_sizes": True, **where}
             )
+            if base != source:
+                _load_rest_of_adapter(model, source, info, _of_the_hub(options))
         check_loading_info(info, source, model)
     check_finite(model.state_dict().items(), name)
     model.eval()
@@ -251,6 +253,34 @@ def _base_of_adapter(name: str) -> str | None:
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
+def _load_rest_of_adapter(model: Any, name: str, info: dict[str, Any], hub_options: dict[str, Any]) -> None:
+    """
+    Lets PEFT load an adapter that has more than layers of its own: rows of `trainable_token_indices`, and
+    `modules_to_save`. Of those older Transformers (5.17) knows the names in memory, but not those in files.
+
+    Args:
+        model: What Transformers made of the adapter; gets the adapter's weights.
+        name: Folder or Hub id of the adapter.
+        info: What Transformers says of the loading; gets what is missing and left over now.
+        hub_options: Where on the Hub the adapter is.
+    """
+    if not info["missing_keys"] and not info["unexpected_keys"]:
+        return
+    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    if not any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        return
+    hub_options = {key: value for key, value in hub_options.items() if key != "trust_remote_code"}
+    weights = load_peft_weights(name, device="cpu", **hub_options)
+    weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    info["missing_keys"] = expected.keys() - weights.keys()
+    info["unexpected_keys"] = weights.keys() - expected.keys()
+    if not info["missing_keys"]:
+        set_peft_model_state_dict(model, weights)
+
+
 def _of_the_hub(options: dict[str, Any]) -> dict[str, Any]:
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
     return {name: options[name] for name in names if name in options}
@@ -284,15 +314,17 @@ def told_as_value_error(name: str, argument: str = "model") -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet(is_first_pass: bool) -> Iterator[None]:
     """Keeps back Transformers' table of what is missing, which the error tells in a line, and a first pass's bar."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "integrations.peft")]
     hides_bar = is_first_pass and is_progress_bar_enabled()
-    logger.addFilter(_is_no_report)
+    for logger in loggers:
+        logger.addFilter(_is_no_report)
     if hides_bar:
         disable_progress_bar()
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_report)
+        for logger in loggers:
+            logger.removeFilter(_is_no_report)
         if hides_bar:
             enable_progress_bar()
 

@@ -164,7 +164,7 @@ class ResumingMixin:
         if self.args.should_save:
             clear_checkpoint(folder)
         self.accelerator.wait_for_everyone()
-        state, best = self.state, self.state.best_model_checkpoint
+        state, best, limit = self.state, self.state.best_model_checkpoint, self.args.save_total_limit
         save_to_json = state.save_to_json
 
         def save_and_complete(path: str) -> None:
@@ -175,12 +175,15 @@ class ResumingMixin:
                     state.best_model_checkpoint = best
             save_to_json(path)
             write_manifest(folder, self._run)
-            delete_surplus(folder, self._run, self.args.save_total_limit, state.best_model_checkpoint)
+            delete_surplus(folder, self._run, limit, state.best_model_checkpoint)
+            # Trainer would go on with whatever else is called so, such as a copy kept as checkpoint-old.
+            self.args.save_total_limit = None
 
         state.save_to_json = save_and_complete
         try:
             super()._save_checkpoint(model, trial)
         finally:
+            self.args.save_total_limit = limit
             del state.save_to_json
 
 

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from bd3lm_hf import BlockDiffusionForMaskedLM, CommitCache
+from bd3lm_hf.modeling.generation_block_diffusion import CACHE_NAME
 from bd3lm_hf.modeling.prefix_reuse_block_diffusion import sliding_cache
 
 from ..common import print_own_peak_memory, print_table
@@ -108,7 +109,7 @@ def own_forwards(model: BlockDiffusionForMaskedLM, prompt: torch.Tensor) -> None
             # The rule of block diffusion, so that the kernels are those of `generate`.
             mask = positions[..., None] // BLOCK_SIZE >= torch.arange(end, device=device) // BLOCK_SIZE
             view = CommitCache(cache, pending.shape[1])
-            options = {"attention_mask": mask[None], "position_ids": positions, "cache": view}
+            options = {"attention_mask": mask[None], "position_ids": positions, CACHE_NAME: view}
             states = model.base_model(input_ids=ids, use_cache=True, **options).last_hidden_state
             head(states[:, -BLOCK_SIZE:])
             length, pending = length + pending.shape[1], block[:, :0]

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import gc
 import importlib.util
 import json
 import statistics
@@ -146,11 +147,13 @@ class Workbench:
         tokens_per_step = self.args.batch_size * LENGTH
         num_steps = max(1, num_tokens // tokens_per_step)
         sizes = recipe.block_sizes
+        accumulated = recipe.training.get("gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         schedule = {num_steps * index // len(sizes): size for index, size in enumerate(sizes)}
         fields = {
             "output_dir": str(self.folder / "run"),
             "max_steps": num_steps,
-            "per_device_train_batch_size": self.args.batch_size,
+            "per_device_train_batch_size": self.args.batch_size // accumulated,
+            "gradient_accumulation_steps": accumulated,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "cosine",
             "warmup_steps": num_steps // 10,
@@ -196,7 +199,12 @@ def runs(
         for name in names:
             path = folder / f"{prefix}-{name.replace(' ', '-').replace(',', '')}-{seed}.json"
             if not path.is_file():
-                path.write_text(json.dumps(run(name, seed)), encoding="utf-8")
+                # The trainer of the run before, its callbacks, model and optimizer hold each other.
+                gc.collect()
+                # A file that is there is a whole one.
+                unfinished = path.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(run(name, seed)), encoding="utf-8")
+                unfinished.replace(path)
             results[name][str(seed)] = json.loads(path.read_text(encoding="utf-8"))
             print(f"{name}, seed {seed}: {results[name][str(seed)]}", flush=True)
     return results
@@ -232,5 +240,8 @@ def workbench_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--max_bytes", type=int, default=4_000_000, help="Bytes of it that are read.")
     parser.add_argument("--num_held_out", type=int, default=32, help=f"Held-out sequences of {LENGTH} tokens.")
     parser.add_argument("--batch_size", type=int, default=8, help=f"Sequences of {LENGTH} tokens per step.")
+    parser.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Parts of a step's batch, for less memory."
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     return parser
