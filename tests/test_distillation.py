@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from adapted import adapted_lm, byte_tokenizer, causal_lm
 from adapted_cases import MASK, adapt, close, dense_scores, random_ids, stock_model
 from conftest import random_model
 from peft import LoraConfig, get_peft_model
@@ -338,4 +339,29 @@ def test_what_can_t_be_distilled_is_refused(tmp_path):
     trainer = trainer_of(adapt("llama"), tmp_path, rows, on_policy_fraction=1.0, rollout_prompt_length=12)
     with pytest.raises(ValueError, match="`rollout_prompt_length` must be less than.*12"):
         trainer.train()
+    trainer = trainer_of(adapt("llama"), tmp_path, rows, on_policy_fraction=1.0, rollout_prompt_length=4)
+    padded = {"input_ids": random_ids(2, 12), "attention_mask": torch.arange(12).ge(2).long().expand(2, 12)}
+    with pytest.raises(ValueError, match="padded on the right.* begins with 0 tokens"):
+        trainer._rolled_out(padded, 0)
     assert distillation.STEPS_OF_A_RUN > 0
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
+    rows = rows_of(random_ids(2, 12))
+    # 66 ids are those of text, and the last of the mask token.
+    trainer_of(adapt("llama"), tmp_path, rows, stock_model("llama", vocab_size=66))
+    with pytest.raises(ValueError, match="`teacher` must have the 66 ids .* got one of 65"):
+        trainer_of(adapt("llama"), tmp_path, rows, stock_model("llama", vocab_size=65))
+    tokenizer = byte_tokenizer("<more>", "<mask>")
+    args = BD3LMDistillationArguments(str(tmp_path), use_cpu=True, report_to=[])
+    for name, tokens in (("same", ["<more>"]), ("other", ["<less>", "<more>"])):
+        others, folder = byte_tokenizer(*tokens), str(tmp_path / name)
+        others.save_pretrained(folder)
+        causal_lm(vocab_size=len(others)).save_pretrained(folder)
+        model = adapted_lm(overrides={"vocab_size": len(tokenizer)}, block_size=4)
+        options = {"train_dataset": rows, "processing_class": tokenizer, "teacher": folder}
+        if name == "same":
+            BD3LMDistillationTrainer(model, args, **options)
+        else:
+            with pytest.raises(ValueError, match="`teacher` must have the tokenizer.* 1 tokens have other ids"):
+                BD3LMDistillationTrainer(model, args, **options)

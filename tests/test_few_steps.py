@@ -18,6 +18,7 @@ from bd3lm_hf.hub.published_files import is_repo_id
 from bd3lm_hf.hub.training_summary import TrainingSummary
 from bd3lm_hf.training.distillation import BD3LMDistillationArguments, BD3LMDistillationTrainer
 from bd3lm_hf.training.few_steps import BD3LMFewStepArguments, BD3LMFewStepTrainer
+from bd3lm_hf.training.rollouts import own_texts
 
 
 FIELDS = {"use_cpu": True, "report_to": [], "fix_noise_interval": True, "ema_decay": 0.0, "disable_tqdm": True}
@@ -140,6 +141,33 @@ def test_a_step_learns_what_several_reveal(tmp_path):
     assert shares[1] > shares[0] + 0.1, shares
 
 
+def test_own_texts_are_those_of_one_token_per_forward_to_their_end():
+    model, ids = adapt("llama"), random_ids(5, 20)
+    lengths = (20, 14, 20, 20, 14)
+    rows = [{"input_ids": row[:length]} for row, length in zip(ids.tolist(), lengths, strict=True)]
+    end = int(write(model, ids[:1, :4], 16)[0, 9])
+    texts = own_texts(model, rows, 4, batch_size=2, eos_token_id=end)
+    for row, length, text in zip(ids, lengths, texts, strict=True):
+        whole = write(model, row[None, :4], length - 4)[0].tolist()
+        whole = whole[: whole.index(end, 4) + 1] if end in whole[4:] else whole
+        assert text == {"input_ids": whole, "labels": [-100] * 4 + whole[4:]}
+    with pytest.raises(ValueError, match="`prompt_length` must be .* got 14 for a row of 14 tokens"):
+        own_texts(model, rows, 14)
+
+
+def test_who_learns_its_own_texts_writes_them_in_fewer_forwards(tmp_path):
+    model = adapt("llama")
+    prompts = random_ids(8, 16)[:, :8]
+    slow, before = (write(model, prompts, 8, tokens_per_step=number) for number in (1, 2))
+    rows = own_texts(model, rows_of(random_ids(8, 16)), 8, eos_token_id=None)
+    fields = {"max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
+    args = BD3LMTrainingArguments(str(tmp_path), **{**FIELDS, **fields})
+    BD3LMTrainer(model, args, train_dataset=rows).train()
+    after = write(model, prompts, 8, tokens_per_step=2)
+    shares = [(part == slow)[:, 8:].float().mean() for part in (before, after)]
+    assert shares[1] > shares[0] + 0.3, shares
+
+
 def test_by_default_the_teacher_is_the_model_as_it_was_under_adapters_too(tmp_path):
     ids = random_ids(2, 12)
     adapter = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
@@ -222,6 +250,9 @@ def test_what_has_no_path_is_refused(tmp_path):
     rows = rows_of(random_ids(2, 12).clamp(max=20))
     with pytest.raises(ValueError, match="`teacher` must be a block diffusion model.*LlamaForCausalLM"):
         few_steps(adapt("llama"), tmp_path, rows, stock_model("llama"))
+    with pytest.raises(ValueError, match="`mask_token_id` of the teacher must be 66, as the student's, but got 65"):
+        other = BlockDiffusionForMaskedLM.from_causal_lm(stock_model("llama"), block_size=4, mask_token_id=65)
+        few_steps(adapt("llama"), tmp_path, rows, other)
     with pytest.raises(ValueError, match="`time_conditioning` must be False"):
         few_steps(random_model(time_conditioning=True), tmp_path, rows)
     with pytest.raises(ValueError, match="`args` must be BD3LMFewStepArguments"):

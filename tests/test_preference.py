@@ -2,15 +2,17 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from adapted import adapted_lm, byte_tokenizer
 from adapted_cases import stock_model
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from test_adapted_distribution import brute_force, small_pair
 
+from bd3lm_hf.hub.training_summary import TrainingSummary
 from bd3lm_hf.training.bound import completion_log_probs, token_log_probs
 
 
@@ -136,6 +138,10 @@ def test_dpo_starts_at_equal_models_and_raises_the_margin_of_held_out_pairs(tmp_
     after = trainer.evaluate()
     assert after["eval_rewards/margins"] > 0.5 and after["eval_rewards/accuracies"] == 1
     assert not {name.removeprefix("eval_") for name in after} & {"entropy", "mean_token_accuracy", "logits/chosen"}
+    card = card_of(trainer)
+    assert "direct preference optimisation" in card and "from 2 noised copies of each text" in card
+    assert "Reference: the model that training went on from." in card and "Rewards:" not in card
+    assert "| `beta` | 0.1 |" in card and "Noise interval: the full one" in card and str(tmp_path) not in card
 
 
 def test_the_gradient_of_dpo_is_that_of_its_definition(tmp_path):
@@ -153,6 +159,11 @@ def test_the_gradient_of_dpo_is_that_of_its_definition(tmp_path):
     expected = -torch.nn.functional.logsigmoid(0.3 * (ratio[:3] - ratio[3:])).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, trainer.model.lm_head.weight)[0])
+
+
+def card_of(trainer):
+    trainer.create_model_card()
+    return Path(trainer.args.output_dir, "README.md").read_text(encoding="utf-8")
 
 
 def share_of_ascii(completions, **kwargs):
@@ -185,6 +196,13 @@ def test_grpo_raises_the_reward(tmp_path):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
     assert not any("entropy" in entry for entry in trainer.state.log_history)
+    card = card_of(trainer)
+    assert "group relative policy optimisation" in card and "Rewards: `share_of_ascii`." in card
+    # Without a `beta` nothing was compared to a reference.
+    assert "Reference:" not in card and "| `num_generations` | 8 |" in card
+    # What publishes the folder later tells the same.
+    trainer.save_model()
+    assert TrainingSummary.from_folder(tmp_path).recipe["rewards"] == ["`share_of_ascii`"]
 
 
 def test_the_gradient_of_grpo_is_that_of_the_bound_times_the_advantage(tmp_path):
@@ -222,12 +240,13 @@ def test_policy_old_policy_and_reference_meet_the_same_masks_new_ones_with_each_
     assert len(set(seeds)) == 2 and seeds[0] != seeds[-1]
 
 
-@pytest.mark.parametrize("make", [dpo, grpo])
-def test_a_resumed_run_is_the_run_that_went_on_with_adapters_too(make, tmp_path):
+# In the third step GRPO learns from completions of the first for the third time.
+@pytest.mark.parametrize(("make", "arguments"), [(dpo, {}), (grpo, {}), (grpo, {"num_iterations": 3})])
+def test_a_resumed_run_is_the_run_that_went_on_with_adapters_too(make, arguments, tmp_path):
     def begin(folder):
         torch.manual_seed(0)
         adapter = LoraConfig(r=4, target_modules="all-linear")
-        return make(folder, adapter, max_steps=4, save_strategy="steps", save_steps=2)
+        return make(folder, adapter, max_steps=4, save_strategy="steps", save_steps=2, **arguments)
 
     whole = begin(tmp_path / "whole")
     whole.train()
@@ -247,5 +266,13 @@ def test_what_has_no_meaning_for_the_bound_is_refused(tmp_path):
             dpo(tmp_path, **arguments)
     with pytest.raises(ValueError, match="`temperature` must be 1.0"):
         grpo(tmp_path, temperature=0.7)
+    with pytest.raises(ValueError, match="`new_block` of `generation_kwargs` must be False"):
+        grpo(tmp_path, generation_kwargs={"new_block": True})
+    with pytest.raises(ValueError, match="`peft_config` must adapt weights.*PromptTuningConfig"):
+        dpo(tmp_path, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    synced = dpo(tmp_path, sync_ref_model=True, max_steps=1, save_strategy="steps", save_steps=1)
+    synced.train()
+    with pytest.raises(ValueError, match="`sync_ref_model` must be False in a run that is resumed"):
+        synced.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="`model` must be a block diffusion model"):
         BD3LMDPOTrainer(stock_model("llama"), args=None, train_dataset=pairs(2))

@@ -65,6 +65,15 @@ CARD_ARGUMENTS = (
     "on_policy_fraction",
     "rollout_prompt_length",
     "path_steps",
+    "loss_type",
+    "beta",
+    "label_smoothing",
+    "num_generations",
+    "num_iterations",
+    "steps_per_generation",
+    "max_completion_length",
+    "epsilon",
+    "scale_rewards",
 )
 # What a user may tell of a model; see `bd3lm_hf.push_to_hub`.
 STATED = ("license", "language", "tags", "dataset", "model_name", "widget_prompts", "sampler_results")
@@ -99,9 +108,10 @@ class TrainingSummary:
         adapter: The facts of the adapter that `ADAPTER_FACTS` names and its `num_parameters`; None for a whole model.
         has_tokenizer: Whether a tokenizer lies beside the weights.
         noise_interval: `chosen_by` ("search", "fixed" or "default"); after a search also the `step` of the last one,
-            its `nelbo_variance` and the `nelbo_variance_of_full_interval`, in (nats per token)^2.
-        recipe: What the `loss` was in the place of likelihood, in words, and the `teacher` that it had: an id on the
-            Hub, "itself" for what the model was before, or None for one that is not named. Empty for likelihood.
+            its `nelbo_variance` and the `nelbo_variance_of_full_interval`, in (nats per token)^2. "full" where there
+            is no interval to choose.
+        recipe: What the `loss` was in the place of likelihood, in words, the `teacher` or `reference` that it had (see
+            [`named_in_card`]), and the names of the `rewards`. Empty for likelihood.
         training: Steps, epochs, tokens that were predicted, seconds, mean loss (nats per token), sequences; empty if
             there was no training.
         weights_step: Step of training that the saved weights are those of.
@@ -135,7 +145,7 @@ class TrainingSummary:
     def from_trainer(cls, trainer, averaged: bool = False) -> "TrainingSummary":
         """
         Args:
-            trainer: A `BD3LMTrainer`.
+            trainer: A `BD3LMTrainer`, or another that publishes as it does.
             averaged: Whether the weights that are saved are the moving average.
         """
         args, state, config = trainer.args, trainer.state, trainer.config
@@ -160,7 +170,7 @@ class TrainingSummary:
             adapter=None if adapter is None else _adapter_facts(adapter.to_dict(), model),
             has_tokenizer=trainer.processing_class is not None,
             noise_interval=_noise_interval_facts(args, state.log_history),
-            recipe=_recipe_facts(trainer),
+            recipe=trainer.recipe_in_card() if state.global_step else {},
             training=_training_facts(trainer),
             weights_step=weights_step,
             averaged=averaged,
@@ -333,15 +343,15 @@ def _noise_interval_facts(args, log_history: list[dict]) -> dict[str, Any]:
         last = [entry for entry in log_history if "noise_interval_beta" in entry][-1]
         names = ("step", "nelbo_variance", "nelbo_variance_of_full_interval")
         return {"chosen_by": "search", "num_searches": len(chosen), **{name: last[name] for name in names}}
+    if not hasattr(args, "fix_noise_interval"):
+        return {"chosen_by": "full"}
     is_fixed = args.fix_noise_interval or args.noise_interval is not None
     return {"chosen_by": "fixed" if is_fixed else "default"}
 
 
-def _recipe_facts(trainer) -> dict[str, Any]:
-    if trainer.loss_in_card is None or not trainer.state.global_step:
-        return {}
-    name = trainer.teacher_name
-    return {"loss": trainer.loss_in_card, "teacher": "itself" if name is None else name if is_on_hub(name) else None}
+def named_in_card(name: str | None) -> str | None:
+    """A model by its name or folder: an id on the Hub, "itself" for None, and None for one that is not named."""
+    return "itself" if name is None else name if is_on_hub(name) else None
 
 
 def _training_facts(trainer) -> dict[str, Any]:
@@ -369,7 +379,7 @@ def _evaluations(trainer, weights_step: int) -> list[dict[str, Any]]:
     history = [*(trainer.history_before if state.global_step else []), *state.log_history]
     ends = [index for index, entry in enumerate(history) if "train_runtime" in entry]
     end = ends[-1] if ends and not trainer.is_in_train else len(history)
-    has_average = bool(args.ema_decay)
+    has_average = bool(getattr(args, "ema_decay", 0))
     is_exact = config.block_size == 1 and not config.time_conditioning
     estimator = "exact" if is_exact else "monte_carlo" if config.time_conditioning else "stratified"
     found = []

@@ -127,7 +127,7 @@ class BD3LMDistillationTrainer(BD3LMTrainer):
     def _teacher_of(self, teacher: Any, student: nn.Module) -> Teacher:
         if not self.config.ignore_bos:
             raise ValueError("`ignore_bos` of the model must be True, as a teacher predicts no first token.")
-        return CausalTeacher.of(teacher, student)
+        return CausalTeacher.of(teacher, student, self.processing_class)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As [`BD3LMTrainer`] gets them, some of them with texts that the student has written."""
@@ -145,17 +145,20 @@ class BD3LMDistillationTrainer(BD3LMTrainer):
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         if batch.get("document_ids") is not None or batch.get("position_ids") is not None:
             raise ValueError("`train_dataset` must not be packed with `on_policy_fraction`, but got `document_ids`.")
-        shortest = ids.shape[1] if mask is None else int(mask.sum(-1).min())
+        # Padding before a text would be taken for its beginning.
+        shortest = ids.shape[1] if mask is None else int(mask.long().cumprod(-1).sum(-1).min())
         if args.rollout_prompt_length >= shortest:
             raise ValueError(
-                f"`rollout_prompt_length` must be less than the length of all rows, but got "
-                f"{args.rollout_prompt_length} for a row of {shortest} tokens."
+                f"`rollout_prompt_length` must be less than the length of all rows, padded on the right, but got "
+                f"{args.rollout_prompt_length} for a row that begins with {shortest} tokens."
             )
         first = (index * args.world_size + args.process_index) * self._train_batch_size
         start = (args.seed * STEPS_OF_A_RUN + step) * ROWS_OF_A_STEP + first
         seeds = list(range(start, start + len(ids)))
         student = self.accelerator.unwrap_model(self.model)
-        return roll_out(student, ids, args.rollout_prompt_length, seeds, **(args.rollout_arguments or {}))
+        # Weights are rounded once for all forwards, where training rounds them.
+        with self.compute_loss_context_manager():
+            return roll_out(student, ids, args.rollout_prompt_length, seeds, **(args.rollout_arguments or {}))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any):
         """As [`BD3LMTrainer.compute_loss`], with divergences in nats per predicted token."""

@@ -18,7 +18,7 @@ from ..data.replacing import move_into, write_text
 from ..hub.model_card import create_model_card
 from ..hub.published_files import CARD_FILE, STALE_FILES, check_place, check_private, check_repo_id, read_object
 from ..hub.publishing import prepare_files, upload
-from ..hub.training_summary import EMA_FILE, TrainingSummary
+from ..hub.training_summary import EMA_FILE, TrainingSummary, named_in_card
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +55,12 @@ class PublishingMixin:
         self.stated_in_card: dict[str, Any] = {}
         self.base_model_in_card: str | None = None
         super().__init__(*args, **kwargs)
+
+    def recipe_in_card(self) -> dict[str, Any]:
+        """What [`TrainingSummary`] calls the recipe, for a run that has begun."""
+        if self.loss_in_card is None:
+            return {}
+        return {"loss": self.loss_in_card, "teacher": named_in_card(self.teacher_name)}
 
     def create_model_card(
         self,

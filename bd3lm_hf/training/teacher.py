@@ -5,7 +5,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.networks import is_block_diffusion, stock_config
 from ..modeling.attention_block_diffusion import block_starts
@@ -71,17 +71,24 @@ class CausalTeacher(Teacher):
         self.config.update({"block_size": 1, "clean_attention": "causal"})
 
     @classmethod
-    def of(cls, teacher: PreTrainedModel | str | None, student: nn.Module) -> "CausalTeacher":
+    def of(
+        cls,
+        teacher: PreTrainedModel | str | None,
+        student: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> "CausalTeacher":
         """
         The teacher of a student: a causal language model of Transformers with the same tokenizer, whose modules are
         taken over, or the name or folder of one. None is the autoregressive model that the student itself is so far:
-        a frozen copy, or the model under its adapters.
+        a frozen copy, or the model under its adapters. `tokenizer` is the student's.
 
         Raises:
-            ValueError: there is no autoregressive model in the student, or the teacher is none that can be read.
+            ValueError: there is no autoregressive model in the student, or the teacher is none that can be read, or
+                has another vocabulary, as far as that can be told.
         """
         network = student.get_base_model() if hasattr(student, "get_base_model") else student
         if teacher is not None:
+            _check_vocabulary(teacher, network.config, tokenizer)
             mask_token_id = network.config.mask_token_id
             model = BlockDiffusionForMaskedLM.from_causal_lm(teacher, block_size=1, mask_token_id=mask_token_id)
             return cls(model.requires_grad_(False).eval())
@@ -115,7 +122,7 @@ class PathTeacher(Teacher):
         The teacher of a student: another block diffusion model, or None for the one that the student itself is so far.
 
         Raises:
-            ValueError: the teacher is no such model, or is told the noise level.
+            ValueError: the teacher is no such model, is told the noise level, or has another mask token.
         """
         path_teacher = cls.of_student(student) if teacher is None else cls(teacher)
         config = getattr(path_teacher.network, "config", None)
@@ -123,6 +130,13 @@ class PathTeacher(Teacher):
             raise ValueError(f"`teacher` must be a block diffusion model, but got {type(teacher).__name__}.")
         if config.time_conditioning:
             raise ValueError("`time_conditioning` must be False, as a path has no noise level, but got True.")
+        own = (student.get_base_model() if hasattr(student, "get_base_model") else student).config
+        for name in ("vocab_size", "mask_token_id"):
+            of_student, of_teacher = getattr(own, name), getattr(config, name)
+            if of_student != of_teacher:
+                raise ValueError(
+                    f"`{name}` of the teacher must be {of_student}, as the student's, but got {of_teacher}."
+                )
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         return path_teacher
@@ -168,6 +182,33 @@ class PathTeacher(Teacher):
             tokens.append(likeliest.indices)
             confidence.append(likeliest.values.exp())
         return torch.cat(tokens), torch.cat(confidence)
+
+
+def _check_vocabulary(teacher: PreTrainedModel | str, config, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError where a teacher can't have the tokenizer of the student with this `config`."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    vocabulary = {token: number for token, number in vocabulary.items() if number != config.mask_token_id}
+    # Without a tokenizer every id but the last, if that was added for the mask, may be one of text.
+    num_ids = config.vocab_size - (config.mask_token_id == config.vocab_size - 1)
+    num_ids = max(vocabulary.values()) + 1 if vocabulary else num_ids
+    if isinstance(teacher, str):
+        num_rows = AutoConfig.from_pretrained(teacher).get_text_config(decoder=True).vocab_size
+    else:
+        num_rows = teacher.get_input_embeddings().weight.shape[0]
+    if num_rows < num_ids:
+        raise ValueError(f"`teacher` must have the {num_ids} ids of the student's text, but got one of {num_rows}.")
+    if isinstance(teacher, str) and vocabulary:
+        try:
+            others = AutoTokenizer.from_pretrained(teacher).get_vocab()
+        except (OSError, ValueError):
+            # A folder of a model alone.
+            return
+        differ = [token for token, number in vocabulary.items() if others.get(token, number) != number]
+        if differ or not others.keys() & vocabulary.keys():
+            raise ValueError(
+                f"`teacher` must have the tokenizer of the student, but got {teacher!r}, in whose own "
+                f"{len(differ) or len(vocabulary)} tokens have other ids."
+            )
 
 
 def _places_in_blocks(blocks: TextBlocks, masked: Tensor) -> Tensor:

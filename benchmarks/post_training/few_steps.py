@@ -1,5 +1,5 @@
 """
-`python -m benchmarks.post_training few_steps`: what do training on a sampler's path, and confidence, bring?
+`python -m benchmarks.post_training few_steps`: what do training on a sampler's path or texts, and confidence, bring?
 
 From a model that is adapted already (`--start`; without it one is trained first) and equal tokens for each arm, the
 curve of quality against tokens per forward: the source's nats per token of texts written at 1, 2 and 4 tokens per
@@ -7,7 +7,6 @@ forward, greedily and by nucleus sampling, beside the likelihood of held-out tex
 so that an interrupted comparison goes on where it was; `few_steps.json` holds all of them.
 """
 
-import contextlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from bd3lm_hf import BlockDiffusionForMaskedLM, evaluate_likelihood
+from bd3lm_hf import BlockDiffusionForMaskedLM
 from bd3lm_hf.training.few_steps import BD3LMFewStepArguments, BD3LMFewStepTrainer
+from bd3lm_hf.training.rollouts import own_texts
 from benchmarks.adaptation.workbench import (
     BLOCK_SIZE,
     LENGTH,
@@ -31,7 +31,7 @@ from benchmarks.adaptation.workbench import (
 )
 
 from ..common import machine
-from .writing import written
+from .writing import WAYS, below, fast_bf16, nats, written_in_ways
 
 
 FEW_STEPS = {"trainer_class": BD3LMFewStepTrainer, "arguments_class": BD3LMFewStepArguments}
@@ -41,19 +41,24 @@ ARMS = {
     "likelihood": Recipe(),
     "path": Recipe(**FEW_STEPS),
     "confidence": Recipe(training={"confidence_loss_weight": 1.0}),
+    "own text": Recipe(),
+    "path, own text": Recipe(**FEW_STEPS),
     "path, reverse": Recipe(training={"divergence": "reverse"}, **FEW_STEPS),
 }
-DEFAULT_ARMS = ("untrained", "likelihood", "path", "confidence")
+# Those that learn what the model itself writes at one token per forward, the likeliest ones: what its sampler gives in
+# several steps, as a text (sequence-level distillation; Kim and Rush, arXiv 1606.07947).
+OWN_TEXT = ("own text", "path, own text")
+DEFAULT_ARMS = ("untrained", "likelihood", "path", "confidence", "own text")
 TOKENS_PER_FORWARD = (1, 2, 4)
 PROMPT_LENGTH = LENGTH // 2
-WAYS = {"greedy": {"do_sample": False}, "nucleus 0.9": {"do_sample": True, "top_p": 0.9}}
 START_TOKENS = 240_000
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing, then prints the tables."""
     parser = comparison_parser(__doc__, list(ARMS), 24_000)
-    parser.set_defaults(arms=list(DEFAULT_ARMS))
+    # A teacher takes memory, too.
+    parser.set_defaults(arms=list(DEFAULT_ARMS), gradient_accumulation_steps=2)
     parser.add_argument("--start", help="Folder of an adapted model with its tokenizer; by default one is trained.")
     parser.add_argument("--start_tokens", type=int, default=START_TOKENS, help="Tokens that the start is trained on.")
     args = parser.parse_args(argv)
@@ -61,7 +66,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     start = Path(args.start) if args.start else train_start(bench)
 
     def run_one(name: str, seed: int) -> dict[str, Any]:
-        return run_arm(bench, start, ARMS[name], seed)
+        return run_arm(bench, start, ARMS[name], seed, own_text=name in OWN_TEXT)
 
     document = {
         "machine": machine(args.device, "bfloat16" if has_fast_bf16(args.device) else "float32"),
@@ -86,38 +91,26 @@ def train_start(bench: Workbench) -> Path:
     return folder
 
 
-def run_arm(bench: Workbench, start: Path, recipe: Recipe | None, seed: int) -> dict[str, Any]:
+def run_arm(bench: Workbench, start: Path, recipe: Recipe | None, seed: int, own_text: bool = False) -> dict[str, Any]:
     """What the model scores and writes after one run."""
     model = BlockDiffusionForMaskedLM.from_pretrained(start, dtype=torch.float32).to(bench.args.device)
     model.config.block_size = BLOCK_SIZE
     results: dict[str, Any] = {}
     if recipe is not None:
         tokenizer = AutoTokenizer.from_pretrained(start)
-        results = bench.train(model, tokenizer, recipe, bench.args.num_tokens, seed)
+        data = written_by_itself(bench, model, seed) if own_text else None
+        results = bench.train(model, tokenizer, recipe, bench.args.num_tokens, seed, data)
     model.eval()
+    results["written"] = written_in_ways(bench, model, PROMPT_LENGTH, TOKENS_PER_FORWARD, seed)
+    return {**results, "nats": nats(bench, model)}
+
+
+def written_by_itself(bench: Workbench, model: PreTrainedModel, seed: int) -> list[dict[str, list[int]]]:
+    """As many tokens as are trained on: beginnings of training texts, not predicted, and how the model goes on."""
+    num_rows = max(bench.args.batch_size, bench.args.num_tokens // LENGTH)
+    rows = bench.text["train"].shuffle(seed=seed).select(range(num_rows))
     with fast_bf16(bench.args.device):
-        results["written"] = {
-            name: {str(number): written_by(bench, model, number, seed, **way) for number in TOKENS_PER_FORWARD}
-            for name, way in WAYS.items()
-        }
-        return {**results, "nats": nats(bench, model)}
-
-
-def written_by(bench: Workbench, model: PreTrainedModel, number: int, seed: int, **way: Any) -> dict[str, float]:
-    """What is written at so many tokens per forward; other seeds draw other texts."""
-    options = {"tokens_per_step": number, "seed": seed * bench.args.num_held_out, **way}
-    return written(bench, model, PROMPT_LENGTH, bench.args.num_held_out, **options)
-
-
-def nats(bench: Workbench, model: PreTrainedModel) -> float:
-    """Nats per token of held-out text, from one draw that is the same for every run."""
-    options = {"estimator": "stratified", "num_draws": 1, "batch_size": bench.args.batch_size, "progress": False}
-    return evaluate_likelihood(model, bench.text["held_out"]["input_ids"], **options).nelbo
-
-
-def fast_bf16(device: str) -> contextlib.AbstractContextManager:
-    """Autocast, as in training, where the device is faster for it."""
-    return torch.autocast(device, torch.bfloat16) if has_fast_bf16(device) else contextlib.nullcontext()
+        return own_texts(model, rows, PROMPT_LENGTH, bench.args.num_held_out, eos_token_id=None)
 
 
 def table(document: dict[str, Any]) -> str:
@@ -139,21 +132,20 @@ def table(document: dict[str, Any]) -> str:
             cells.append(mean([result["nats"] for result in results]))
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
-        lines += [f"{line}" for line in differences(document, way)]
+        lines += differences(document, way)
         lines.append("")
     return "\n".join(lines)
 
 
 def differences(document: dict[str, Any], way: str) -> list[str]:
-    """By how much each arm's text at two tokens per forward is below that of likelihood, seed by seed."""
-    arms = document["runs"]
-    if "likelihood" not in arms:
-        return []
-    lines = []
-    for name in (name for name in arms if name not in ("untrained", "likelihood")):
-        values = [
-            arms["likelihood"][seed]["written"][way]["2"]["nats"] - run["written"][way]["2"]["nats"]
-            for seed, run in arms[name].items()
-        ]
-        lines.append(f"{name}, at two tokens per forward: {mean(values)} nats per token below likelihood.")
-    return lines
+    """By how much each arm's text at two tokens per forward is below that of the other arms that it is compared to."""
+    texts = {
+        name: {seed: result["written"][way]["2"] for seed, result in by_seed.items()}
+        for name, by_seed in document["runs"].items()
+    }
+    return [
+        f"{name}, at two tokens per forward: {below(texts[base], of_arm)} below {base}."
+        for name, of_arm in texts.items()
+        for base in ("untrained", "likelihood")
+        if base in texts and name not in ("untrained", base)
+    ]
