@@ -97,10 +97,12 @@ def test_it_works_in_a_thread_of_its_own(model):
 
 
 def test_an_engine_that_is_being_closed_takes_nothing_on(model):
-    engine, may_go_on = Engine(model, EngineLimits(num_slots=1, max_length=64)), threading.Event()
-    engine.step = may_go_on.wait
+    engine = Engine(model, EngineLimits(num_slots=1, max_length=64))
+    is_at_a_step, may_go_on = threading.Event(), threading.Event()
+    engine.step = lambda: is_at_a_step.set() or may_go_on.wait()
     engine.__enter__()
     engine.submit(ask([1])[0])
+    is_at_a_step.wait()
     closing = threading.Thread(target=engine.close)
     closing.start()
     while engine.is_alive:
