@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from bd3lm_hf import SAMPLERS, BlockDiffusionConfig, BlockDiffusionForMaskedLM
+from bd3lm_hf import SAMPLERS, BD3LMForMaskedLM, BlockDiffusionConfig, BlockDiffusionForMaskedLM
 
 
 STATE = "layers of the type|keeps a state of the text"
@@ -291,3 +291,11 @@ def test_flash_attention_which_knows_no_masks_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not support Flash Attention 2"):
         BlockDiffusionForMaskedLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_the_class_of_the_published_network_refuses_a_folder_of_another_model(tmp_path):
+    for model, model_type in ((adapt("llama"), "block_diffusion"), (stock_model("gpt2"), "gpt2")):
+        model.save_pretrained(tmp_path / model_type)
+        message = f"`model_type` must be 'bd3lm' or 'mdlm', but got '{model_type}': `AutoModelForMaskedLM` finds"
+        with pytest.raises(ValueError, match=message):
+            BD3LMForMaskedLM.from_pretrained(tmp_path / model_type)
