@@ -1,6 +1,7 @@
 """What is made for block diffusion models takes a network of Transformers as it takes the published one."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +30,7 @@ from bd3lm_hf.evaluation.harness import BD3LMHarness
 from bd3lm_hf.evaluation.networks import is_block_diffusion, language_model_class
 from bd3lm_hf.hub.adaptation import adapt_checkpoint
 from bd3lm_hf.hub.publishing import prepare_files
-from bd3lm_hf.hub.training_summary import TrainingSummary
+from bd3lm_hf.hub.training_summary import SUMMARY_FILE, TrainingSummary
 from bd3lm_hf.training.checkpoints import check_architecture
 
 
@@ -163,6 +164,14 @@ def test_the_summary_and_the_card_tell_of_the_network(trained):
     card = prepare_files(trained, "user/smol")["README.md"].decode()
     assert "An autoregressive llama" in card and "248 tokens" in card
     assert "| 0 | held-out text |" in card and "| 2 | held-out text |" in card
+
+
+def test_a_network_that_was_adapted_was_not_trained_from_scratch(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "unnamed", ignore=shutil.ignore_patterns("checkpoint-*"))
+    record = json.loads((folder / SUMMARY_FILE).read_text())
+    for base in (None, record["model"].get("adapted_from")):
+        (folder / SUMMARY_FILE).write_text(json.dumps(record | {"base_model": base, "has_unnamed_base": False}))
+        assert "from scratch" not in prepare_files(folder, "user/smol")["README.md"].decode()
 
 
 def test_a_folder_without_a_record_has_a_card(folder):

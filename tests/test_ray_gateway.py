@@ -19,7 +19,7 @@ from bd3lm_hf.cli.serve import application  # noqa: E402
 from bd3lm_hf.serving.api import ServerLimits  # noqa: E402
 from bd3lm_hf.serving.engine import EngineLimits  # noqa: E402
 from bd3lm_hf.serving.ray_data import BlockWriter  # noqa: E402
-from bd3lm_hf.serving.ray_serve import Placement, Replica, _gateway_app, make_application  # noqa: E402
+from bd3lm_hf.serving.ray_serve import Placement, Replica, _deployment_of, _gateway_app, make_application  # noqa: E402
 
 
 LOST, FULL = ActorDiedError(), BackPressureError(num_queued_requests=1, max_queued_requests=1)
@@ -143,6 +143,12 @@ def test_each_model_gets_its_requests():
     assert ask(handles(), "GET", "/v1/models/c").status_code == 404
     # With one model its application says what is wrong with the name.
     assert ask({"a": handles()["a"]}, content=b'{"model": "c"}').json() == "a"
+
+
+def test_models_of_similar_names_have_deployments_of_their_own():
+    names = ["a/b", "a#b", "a_b", "a_sb", "a_nb", "a__b", "a_/b", "a/_b"]
+    deployments = {_deployment_of(name) for name in names}
+    assert len(deployments) == len(names) and not any({"/", "#"} & set(name) for name in deployments)
 
 
 def test_the_list_of_models_and_the_health_are_those_of_all():

@@ -284,7 +284,8 @@ def make_application(placements: dict[str, Placement], api_key: str | None, limi
 
 
 def _deployment_of(name: str) -> str:
-    return f"model {name}".replace("#", "_").replace("/", "_")
+    """The name of a model's deployment, without what Ray sets apart by, and another one for another model."""
+    return "model " + name.replace("_", "__").replace("#", "_n").replace("/", "_s")
 
 
 def _gateway_app(handles: dict[str, Any], limits: ServerLimits) -> Starlette:
