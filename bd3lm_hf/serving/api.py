@@ -53,6 +53,30 @@ class ServerLimits:
                 raise ValueError(f"`{name}` must be a positive integer, but got {value!r}.")
 
 
+class _EventQueue:
+    """The events of an answer, numbered by its choices, from the engine's thread to the loop in which it is made."""
+
+    def __init__(self):
+        self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        # By a thread each. The queue's own size leaves out what the loop has not come to put there yet.
+        self._num_put, self._num_taken = 0, 0
+
+    def put(self, index: int, event: Any) -> None:
+        """Called by the engine's thread."""
+        # Drafts that come after it tell what a slow client has missed.
+        if isinstance(event, Draft) and self._num_put - self._num_taken >= MOST_UNREAD:
+            return
+        self._num_put += 1
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+
+    async def get(self) -> tuple[int, Any]:
+        """The next event."""
+        event = await self._queue.get()
+        self._num_taken += 1
+        return event
+
+
 class Server:
     """
     A model behind OpenAI's API.
@@ -122,17 +146,9 @@ class Server:
         return asked
 
     async def _answer(self, http: Request, asked: SamplingRequest) -> Response:
-        events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def listen(index: int, event: Any) -> None:
-            # Drafts that come after it tell what a slow client has missed.
-            if isinstance(event, Draft) and events.qsize() >= MOST_UNREAD:
-                return
-            loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
+        events = _EventQueue()
         try:
-            jobs, num_prompts = await run_in_threadpool(self._jobs, asked, listen)
+            jobs, num_prompts = await run_in_threadpool(self._jobs, asked, events.put)
             answer = Answer(
                 self.texts, asked.model, jobs, num_prompts, isinstance(asked, ChatRequest), _wants_logprobs(asked)
             )
@@ -211,7 +227,7 @@ class Server:
             jobs.append(Job(request, texts.writer(ids, asked.stops), filled, echo))
         return jobs
 
-    async def _next(self, events: asyncio.Queue, gone: asyncio.Future) -> tuple[int, Any]:
+    async def _next(self, events: _EventQueue, gone: asyncio.Future) -> tuple[int, Any]:
         """The next event; raises an error where a request failed, or the client is `gone`."""
         wanted = asyncio.ensure_future(events.get())
         try:
@@ -226,7 +242,7 @@ class Server:
         return index, event
 
     async def _collect(
-        self, answer: Answer, events: asyncio.Queue, first: tuple[int, Any], gone: asyncio.Future
+        self, answer: Answer, events: _EventQueue, first: tuple[int, Any], gone: asyncio.Future
     ) -> None:
         """Takes events until all choices have ended."""
         index, event = first
@@ -237,7 +253,7 @@ class Server:
                 return
             index, event = await self._next(events, gone)
 
-    async def _stream(self, answer: Answer, events: asyncio.Queue, first: tuple[int, Any], asked: SamplingRequest):
+    async def _stream(self, answer: Answer, events: _EventQueue, first: tuple[int, Any], asked: SamplingRequest):
         """The server-sent events of an answer; an error ends them."""
         for chunk in answer.first_chunks():
             yield server_sent(chunk)

@@ -7,9 +7,15 @@ from typing import Any
 import uvicorn
 
 
+# Seconds that a connection is kept for a client's next request; OpenAI's client keeps it for 5, proxies mostly for 60.
+KEEP_ALIVE = 75
+
+
 def _server_of(app: Any) -> uvicorn.Server:
-    # What it runs on is nobody's business.
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=5))
+    # A client gives up a connection that it does not use sooner than the server, which else would close one that is
+    # just being used again. And what it runs on is nobody's business.
+    options = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": 5, "server_header": False}
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", **options))
 
 
 def open_socket(host: str, port: int) -> socket.socket:
