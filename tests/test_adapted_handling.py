@@ -179,6 +179,7 @@ def test_an_adapter_is_trained_on_a_quantized_network(tmp_path):
     peft = pytest.importorskip("peft")
     if not is_installed("bitsandbytes"):
         pytest.skip("needs bitsandbytes, which is not installed")
+    torch.manual_seed(0)
     stock = stock_model("llama", hidden_size=128, intermediate_size=128, head_dim=64)
     stock.save_pretrained(tmp_path)
     quantization_config = QUANTIZERS["bitsandbytes-nf4"].config()

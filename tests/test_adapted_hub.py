@@ -137,5 +137,5 @@ def test_from_the_hub_it_works_without_the_package(saved, tmp_path, monkeypatch)
 
 
 def run(arguments, **kwargs):
-    result = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=300, **kwargs)
+    result = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=600, **kwargs)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -65,6 +65,8 @@ def test_one_types_a_prompt_and_watches_the_blocks_being_denoised(visitor, model
     visitor.browser.execute_script(OBSERVE)
     visitor.type("prompt", "def main")
     visitor.type("seed", "3")
+    # A browser that is slow shows what came meanwhile at once.
+    visitor.type("pause", "0.15")
     visitor.press("write")
     figures = visitor.finish()
     prompt = tokenizer("def main", return_tensors="pt")
@@ -129,6 +131,12 @@ def test_what_is_typed_is_text_and_no_markup(visitor):
     assert visitor.error() == "`seed` must be an integer or empty, but got '<b>1</b>'."
 
 
+def stays(visitor, name, seconds):
+    before = visitor.text(name)
+    time.sleep(seconds)
+    return visitor.text(name) == before
+
+
 def test_one_stops_a_text_and_starts_another(visitor):
     visitor.type("pause", "1")
     visitor.type("prompt", "def main")
@@ -136,10 +144,8 @@ def test_one_stops_a_text_and_starts_another(visitor):
     visitor.until(lambda: visitor.all("#text .token"))
     visitor.press("stop_write")
     visitor.type("pause", "0")
-    time.sleep(1.2)
-    stopped = visitor.text("figures")
-    time.sleep(1.2)
-    assert visitor.text("figures") == stopped and "nats per token" not in stopped
+    visitor.until(lambda: stays(visitor, "figures", seconds=2.4))
+    assert "nats per token" not in visitor.text("figures")
     visitor.press("write")
     assert visitor.finish()["new tokens"] == "64"
 

@@ -174,19 +174,50 @@ def test_generate_waits_for_who_looks_at_its_frames(writer, monkeypatch):
     options = {"max_new_tokens": 30, "seed": 1}
     everything = list(frames.watch(writer.model, prompt, **options))
     monkeypatch.setattr(frames, "MOST_FRAMES_AHEAD", 3)
+    clock, waits = ClockToBeSet(), threading.Event()
+
+    class Queue(queue.Queue):
+        num_put = 0
+
+        def put(self, frame):
+            # As one is taken and three wait.
+            if self.num_put == 1 + 3:
+                waits.set()
+            super().put(frame)
+            self.num_put += 1
+
+    monkeypatch.setattr(frames, "time", clock)
+    monkeypatch.setattr(frames, "queue", SimpleNamespace(Queue=Queue))
+    start, others = time.perf_counter(), threading.enumerate()
     film = frames.watch(writer.model, prompt, **options)
     first = next(film)
-    time.sleep(1.5)
-    num_threads = threading.active_count()
+    assert waits.wait(60)
+    clock.ahead += 1000
+    (thread,) = threads_of_frames(others)
     rest = list(film)
     assert [frame.tokens.tolist() for frame in [first, *rest]] == [frame.tokens.tolist() for frame in everything]
     # It was still at work after that, and that is not counted as its own time.
-    assert threading.active_count() == num_threads - 1
-    assert rest[-1].seconds < 1.5
+    assert not thread.is_alive()
+    assert rest[-1].seconds < time.perf_counter() - start
     film = frames.watch(writer.model, prompt, **options)
     next(film)
+    (thread,) = threads_of_frames(others)
     film.close()
-    assert threading.active_count() == num_threads - 1
+    assert not thread.is_alive()
+
+
+class ClockToBeSet:
+    """A clock that may be set ahead: by `ahead` seconds."""
+
+    ahead = 0.0
+
+    def perf_counter(self):
+        return time.perf_counter() + self.ahead
+
+
+def threads_of_frames(others):
+    """The threads in which `watch` has `generate` run, but for those among the others."""
+    return [thread for thread in threading.enumerate() if "(work)" in thread.name and thread not in others]
 
 
 def test_the_likelihood_in_parts_is_that_of_all_masks_at_once(writer, monkeypatch):

@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 
 import numpy as np
 import pytest
@@ -292,11 +291,13 @@ def test_the_order_of_documents_changes_nothing():
 
 def _evaluate_as(rank, port, results):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    # The store is there already.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     PartialState._reset_state()
     assert PartialState(cpu=True).num_processes == 2
     results.put((rank, [run.to_dict() for run in _runs_of_one_corpus()]))
-    # Whoever leaves first takes the store with him.
+    # Nobody leaves while the other may wait for him.
     PartialState().wait_for_everyone()
 
 
@@ -311,16 +312,15 @@ def _runs_of_one_corpus():
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="two processes on a GPU need two of them")
 def test_two_processes_return_what_one_does():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    # Here, at a port that is never free for others in between.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     # Not forked: a child of a process with threads of OpenMP waits forever for those that it does not have.
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    port, results = str(store.port), context.Queue()
     processes = [context.Process(target=_evaluate_as, args=(rank, port, results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(results.get(timeout=240) for _ in processes)
+    found = dict(results.get(timeout=600) for _ in processes)
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0

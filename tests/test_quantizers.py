@@ -197,7 +197,7 @@ def test_remote_code_is_quantized_as_the_package_is(folder, texts, plain_nelbo, 
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     report = tmp_path / "report.json"
     command = [sys.executable, quantizing.__file__, str(folder), str(report), *names]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-6000:]
     found = json.loads(report.read_text())
     assert set(found) == set(names)

@@ -7,7 +7,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving import make_tiny, save_adapter
+from serving import held, make_tiny, save_adapter
 
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'bd3lm-hf[ray]'")
@@ -172,13 +172,14 @@ def test_a_replica_answers_as_the_server_does_and_ends_with_its_caller():
         start, text = [message async for message in replica.answer(*call)]
         assert start["status"] == 200
         streamed = json.dumps(body | {"stream": True, "max_tokens": 200}).encode()
-        stream = replica.answer("POST", "/v1/completions", headers, streamed)
-        assert (await anext(stream))["status"] == 200 and (await anext(stream))["more_body"]
-        await stream.aclose()
-        for _ in range(500):
-            if replica._engine.num_running == 0:
-                break
-            await asyncio.sleep(0.01)
+        with held(replica._engine):
+            stream = replica.answer("POST", "/v1/completions", headers, streamed)
+            assert (await anext(stream))["status"] == 200 and (await anext(stream))["more_body"]
+            await stream.aclose()
+            for _ in range(6000):
+                if replica._engine.num_running == 0:
+                    break
+                await asyncio.sleep(0.01)
         assert replica._engine.num_running == 0 and replica._engine.counts.cancelled == 1
         return json.loads(text["body"])["choices"][0]["text"]
 

@@ -193,11 +193,13 @@ from itertools import count
 from pathlib import Path
 # The file alone: the package would load torch.
 replaced_folder = runpy.run_path(sys.argv[1])["replaced_folder"]
-print("ready", flush=True)
 for number in count(1):
     with replaced_folder("dest", sys.argv[2], overwrite=True, stale=["*"]) as new:
         for name in range(20):
             Path(new, f"{name}.txt").write_text(str(number))
+    if number == 1:
+        # Before, there may be none of either.
+        print("ready", flush=True)
 """
 
 

@@ -157,12 +157,13 @@ def test_the_command_serves_what_it_is_given(folder, monkeypatch, capsys):
     answers = []
 
     def serve(app, listening):
-        with BackgroundServer(app) as server, httpx.Client(base_url=server.url, headers=HEADERS) as client:
+        options = {"headers": HEADERS, "timeout": 60}
+        with BackgroundServer(app) as server, httpx.Client(base_url=server.url, **options) as client:
             body = {"model": "small", "prompt": "x", "seed": 1, "max_tokens": 4}
-            answers.append(client.post("/v1/completions", json=body, timeout=60))
+            answers.append(client.post("/v1/completions", json=body))
             answers.append(client.get("/v1/models"))
             answers.append(client.post("/v1/completions", content=b" " * 3000))
-            answers.append(httpx.get(f"{server.url}/v1/models"))
+            answers.append(httpx.get(f"{server.url}/v1/models", timeout=60))
 
     monkeypatch.setattr("bd3lm_hf.serving.running.serve", serve)
     monkeypatch.setenv("BD3LM_API_KEY", KEY)
@@ -192,8 +193,11 @@ def test_a_client_that_does_not_read_misses_drafts_and_no_text():
             sent.append(message)
 
         asked = asyncio.ensure_future(app({**scope, "http_version": "1.1", "raw_path": b""}, receive, send))
+        while engine.counts.forwards < 8:
+            await asyncio.sleep(0.001)
+        # The loop is late, too: what it would put in the queue piles up elsewhere.
         while not engine.counts.ended:
-            await asyncio.sleep(0.01)
+            time.sleep(0.001)
         may_read.set()
         await asked
 
