@@ -18,7 +18,6 @@ def read_published_fields(config: BD3LMConfig, given: dict[str, Any]) -> None:
         ValueError: the checkpoint is the published autoregressive baseline, or another model.
     """
     model_type = given.get("model_type", config.model_type)
-    # "mdlm" checkpoints are older than `cross_attn` and `block_size`.
     if model_type not in (config.model_type, "mdlm") and "hidden_dim" not in given:
         advice = "`AutoModelForMaskedLM` finds the class of a block diffusion model by its type"
         raise ValueError(f"`model_type` must be {config.model_type!r} or 'mdlm', but got {model_type!r}: {advice}.")
@@ -30,6 +29,7 @@ def read_published_fields(config: BD3LMConfig, given: dict[str, Any]) -> None:
         rule = "`causal` must be false; a BD3-LM of `block_size` 1 is the autoregressive model of this package"
         got = "this is the published autoregressive baseline, which is no diffusion model"
         raise ValueError(f"`causal` is true: {got}. {rule}.")
+    # "mdlm" checkpoints are older than `cross_attn` and `block_size`.
     if not given.pop("cross_attn", model_type != "mdlm"):
         config.block_size = config.max_position_embeddings
     if "sampling_eps_min" in given or "sampling_eps_max" in given:
